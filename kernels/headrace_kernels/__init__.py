@@ -1,0 +1,1 @@
+"""Kernels for paged attention and quantized matrix products; useful without the server."""

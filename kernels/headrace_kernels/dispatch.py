@@ -1,0 +1,177 @@
+"""Which implementation of each op runs here: candidates as data, and why each was or was not taken.
+
+It knows names and capabilities; implementations are imported when they are chosen.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace_kernels.kernel_set import KernelSet
+
+logger = logging.getLogger(__name__)
+
+OPS = {
+    "norm": ("rms_norm", "add_rms_norm"),
+    "rope": ("rope_and_write_kv",),
+    "activation": ("silu_and_mul",),
+    "attention": ("paged_attention",),
+    "linear": ("linear",),
+}
+"""The functions of each stem."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelFacts:
+    """What a candidate may ask before it agrees to run."""
+
+    device: str
+    """torch's device type: cpu, cuda."""
+    arch: str
+    """sm_90 and the like on a GPU; the machine's name on a CPU."""
+    dtype: torch.dtype
+    """Of weights, GEMM inputs and KV."""
+    head_dim: int
+    page_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One implementation of a stem; `module` has a function for each name in OPS[stem]."""
+
+    name: str
+    module: str
+    batch_invariant: bool
+    declines: Callable[[KernelFacts], str | None]
+    """The reason why it cannot run on these facts, or None if it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A line of `headrace kernels`: a candidate and what became of it."""
+
+    stem: str
+    candidate: str
+    chosen: bool
+    reason: str
+
+
+class KernelUnavailableError(ValueError):
+    """An explicit choice cannot be honoured; the message lists what there is."""
+
+
+def _never(facts: KernelFacts) -> str | None:
+    return None
+
+
+def _needs_small_pages(facts: KernelFacts) -> str | None:
+    if 64 % facts.page_size == 0:
+        return None
+    return f"page size {facts.page_size} does not divide its tile of 64 tokens"
+
+
+CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
+    stem: (
+        Candidate(
+            "reference",
+            f"headrace_kernels.reference.{stem}",
+            batch_invariant=True,
+            declines=_needs_small_pages if stem == "attention" else _never,
+        ),
+    )
+    for stem in OPS
+}
+"""Candidates of each stem, best first."""
+
+
+def choose(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> KernelSet:
+    """The first candidate of each stem that does not decline, or the one that `explicit` names.
+
+    Raises KernelUnavailableError if an explicit choice is unknown or declines, or no candidate is
+    left.
+    """
+    explicit = explicit or {}
+    for stem in explicit.keys() - OPS.keys():
+        raise KernelUnavailableError(f"There is no op {stem!r}; the ops are {', '.join(OPS)}.")
+    functions: dict[str, Callable[..., Any]] = {}
+    chosen: dict[str, Candidate] = {}
+    for stem, names in OPS.items():
+        candidate = chosen[stem] = _choose_one(stem, facts, explicit.get(stem))
+        module = importlib.import_module(candidate.module)
+        functions |= {name: getattr(module, name) for name in names}
+    logger.debug("kernels: %s", {stem: candidate.name for stem, candidate in chosen.items()})
+    return KernelSet(
+        **functions,
+        names=tuple((stem, candidate.name) for stem, candidate in chosen.items()),
+        batch_invariant=all(candidate.batch_invariant for candidate in chosen.values()),
+    )
+
+
+def explain(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> list[Decision]:
+    """Every candidate of every stem: chosen, passed over, or why it declines."""
+    explicit = explicit or {}
+    decisions = []
+    for stem, candidates in CANDIDATES.items():
+        chosen = _choose_one(stem, facts, explicit.get(stem))
+        for candidate in candidates:
+            if candidate is chosen:
+                reason = "asked for" if stem in explicit else "first that can run"
+            else:
+                reason = candidate.declines(facts) or f"{chosen.name} was chosen"
+            decisions.append(Decision(stem, candidate.name, candidate is chosen, reason))
+    return decisions
+
+
+def kernels_for(x: Tensor, kv_cache: Tensor | None = None) -> KernelSet:
+    """The automatic choice for these tensors, for the public ops; a model holds its own set."""
+    page_size, head_dim = kv_cache.shape[3:] if kv_cache is not None else (1, x.shape[-1])
+    return _automatic(
+        KernelFacts(
+            device=x.device.type,
+            arch=device_arch(x.device),
+            dtype=x.dtype,
+            head_dim=head_dim,
+            page_size=page_size,
+        )
+    )
+
+
+def device_arch(device: torch.device) -> str:
+    """The `arch` of KernelFacts for a device of this machine."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return platform.machine()
+
+
+@functools.lru_cache(maxsize=64)
+def _automatic(facts: KernelFacts) -> KernelSet:
+    return choose(facts)
+
+
+def _choose_one(stem: str, facts: KernelFacts, name: str | None) -> Candidate:
+    declined = []
+    for candidate in CANDIDATES[stem]:
+        if name is not None and candidate.name != name:
+            continue
+        reason = candidate.declines(facts)
+        if reason is None:
+            return candidate
+        declined.append(f"{candidate.name}: {reason}")
+    known = ", ".join(candidate.name for candidate in CANDIDATES[stem])
+    if name is not None and not declined:
+        raise KernelUnavailableError(f"{stem} has no kernel {name!r}; it has {known}.")
+    what = f"The {stem} kernel {name!r}" if name is not None else f"No {stem} kernel"
+    verb = "cannot run" if name is not None else "can run"
+    raise KernelUnavailableError(
+        f"{what} {verb} here ({'; '.join(declined)}). The kernels of {stem} are {known}."
+    )

@@ -1,0 +1,75 @@
+"""KernelSet: the ops a model was given, one callable each, chosen once when the model is loaded.
+
+The signatures here are the contract of every candidate; ops/<stem>.py says what they mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from headrace_kernels.attention_metadata import AttentionMetadata
+
+
+class RmsNorm(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
+
+
+class AddRmsNorm(Protocol):
+    def __call__(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor
+    ) -> None: ...
+
+
+class RopeAndWriteKv(Protocol):
+    def __call__(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        q_out: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+    ) -> None: ...
+
+
+class SiluAndMul(Protocol):
+    def __call__(self, gate_up: Tensor, out: Tensor) -> None: ...
+
+
+class PagedAttention(Protocol):
+    def __call__(
+        self,
+        q: Tensor,
+        kv_cache: Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+        out: Tensor,
+    ) -> None: ...
+
+
+class LinearOp(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSet:
+    """One implementation of every op of a model. All write into `out` and return nothing."""
+
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    rope_and_write_kv: RopeAndWriteKv
+    silu_and_mul: SiluAndMul
+    paged_attention: PagedAttention
+    linear: LinearOp
+    names: tuple[tuple[str, str], ...]
+    """(stem, candidate) of what was chosen, for logs."""
+    batch_invariant: bool
+    """Whether a row's result depends on that row only, to the bit."""

@@ -1,0 +1,1 @@
+"""The public operations: documentation, checks and dispatch."""

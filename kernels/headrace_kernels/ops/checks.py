@@ -1,0 +1,28 @@
+"""The argument checks that the public ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check(
+    name: str,
+    tensor: Tensor,
+    like: Tensor,
+    *,
+    shape: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError unless `tensor` has this shape, this dtype and the device of `like`."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, not on {tensor.device}")
+    if dtype is None:
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must be of a float dtype, not {tensor.dtype}")
+    elif tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")

@@ -1,0 +1,21 @@
+"""The options of the HTTP side: values only, filled in by who reads flags and files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiConfig:
+    api_keys: tuple[str, ...] = ()
+    """Requests must carry one of them as a bearer token; empty: no key is asked for."""
+    max_body_bytes: int = 32 * 2**20
+    max_unsent_bytes: int = 2**20
+    """Output that may wait for one slow client before its request is aborted."""
+    step_age_limit: float = 60.0
+    """Seconds without a sign of life from the engine after which /livez answers 503."""
+    strict_fields: bool = False
+    """Refuse unknown request fields instead of naming them in the response."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose web pages may call the server; empty: none but its own."""
+    version: str = "0.0.0"

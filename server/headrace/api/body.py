@@ -1,0 +1,112 @@
+"""Reads and checks request bodies: size while reading, content type, JSON, fields.
+
+Every way in which a body can be wrong becomes a RequestError that names the field and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from headrace.api.field_policy import check_extra_fields
+from headrace.api.services import services_of
+from headrace.errors import InvalidRequestError, RequestTooLargeError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def receive(request: Request, kind: type[Model]) -> tuple[Model, list[str]]:
+    """Read and check a body: see read_body and parse_body."""
+    config = services_of(request).config
+    raw = await read_body(request, config.max_body_bytes)
+    return parse_body(kind, raw, strict_fields=config.strict_fields)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises RequestTooLargeError as soon as it is known to exceed `limit` bytes,
+    and InvalidRequestError for a content type other than JSON."""
+    content_type = request.headers.get("content-type", "application/json")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise InvalidRequestError(
+            f"The content type {media_type[:100]!r} is not taken; send JSON with the header "
+            "'Content-Type: application/json'.",
+            code="unsupported_content_type",
+        )
+    announced = request.headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def parse_body(kind: type[Model], raw: bytes, *, strict_fields: bool) -> tuple[Model, list[str]]:
+    """The typed body and the names of its unknown fields.
+
+    Raises InvalidRequestError or UnsupportedParameterError for the first thing that is wrong.
+    """
+    try:
+        body = kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise _invalid(error) from None
+    ignored = check_extra_fields(
+        body.model_extra,
+        strict=strict_fields or bool(getattr(body, "strict_fields", None)),
+        known=kind.model_fields,
+    )
+    return body, ignored
+
+
+def field_path(location: Sequence[str | int]) -> str:
+    """("messages", 0, "content") -> "messages[0].content"."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part}" if path else part
+    return path
+
+
+def _invalid(error: ValidationError) -> InvalidRequestError:
+    first = error.errors(include_url=False, include_input=False, include_context=True)[0]
+    kind, message = first["type"], first["msg"]
+    if kind == "json_invalid":
+        return InvalidRequestError(
+            f"The body is not valid JSON ({message.removeprefix('Invalid JSON: ')}).",
+            code="invalid_json",
+        )
+    if kind in ("model_type", "dict_type") and not first["loc"]:
+        return InvalidRequestError("The body must be a JSON object.", code="invalid_type")
+    path = _without_union_tags(first["loc"])
+    if kind == "missing":
+        return InvalidRequestError(
+            f"{path} is required.", param=path, code="missing_required_parameter"
+        )
+    text = message.removeprefix("Value error, ").removeprefix("Input ")
+    code = "invalid_type" if kind.endswith(("_type", "_parsing", "_from_float")) else None
+    return InvalidRequestError(f"{path} {text}.", param=path, code=code)
+
+
+def _without_union_tags(location: Sequence[str | int]) -> str:
+    """pydantic adds the member of a union that it tried ("str", "list[dict[...]]") to the path."""
+    tags = ("str", "int", "list[", "dict[")
+    return field_path(
+        [part for part in location if not (isinstance(part, str) and part.startswith(tags))]
+    )
+
+
+def _too_large(limit: int) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"The body is larger than {limit} bytes; shorten it, or start the server with a larger "
+        "--max-body-bytes."
+    )

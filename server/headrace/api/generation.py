@@ -1,0 +1,291 @@
+"""From a prompt and sampling parameters to text: one Generation per HTTP request.
+
+Owns the requests it submits: whatever happens to the HTTP side, they end with it. Knows no JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+from fastapi import Request
+
+from headrace.api.ledger import RequestLedger
+from headrace.api.model_table import ServedModel
+from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
+from headrace.api.services import services_of
+from headrace.engine.client import (
+    FinishReason,
+    RequestOutput,
+    RequestStream,
+    TokenLogprobs,
+)
+from headrace.errors import (
+    ContextLengthExceededError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace.text.output_text import OutputText
+from headrace.text.tokenizer import Tokenizer
+
+MAX_CHOICES = 256  # prompts x n in one HTTP request
+
+
+class TextDelta(NamedTuple):
+    """What one token adds to a choice."""
+
+    token_id: int | None
+    """None when the sequence ended between two tokens."""
+    text: str
+    """May be empty: half a character, a special token, or held back for a stop string."""
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+
+
+class Usage(NamedTuple):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None
+    """None while unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What comes with the HTTP request beside its body."""
+
+    response_id: str
+    ledger: RequestLedger
+    priority: int = 0
+    cache_salt: str = ""
+    trace_context: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        body: ChatCompletionRequest | CompletionRequest,
+        response_id: str,
+    ) -> RequestContext:
+        trace_context = request.headers.get("traceparent", "")
+        return cls(
+            response_id=response_id,
+            ledger=services_of(request).ledger,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
+            trace_context=trace_context if len(trace_context) <= 128 else "",
+        )
+
+
+class Choice:
+    """One output sequence. `take` turns the engine's outputs into text."""
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        stream: RequestStream,
+        tokenizer: Tokenizer,
+        ledger: RequestLedger,
+    ) -> None:
+        self.index = index
+        self.prompt_token_ids = request.prompt_token_ids
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.completion_tokens = 0
+        self.cached_tokens: int | None = None
+        self.finish_reason: str | None = None
+        self._request_id = request.request_id
+        self._stream = stream
+        self._ledger = ledger
+        self._meter = ledger.open(request.request_id, request.arrival_time)
+        sampling = request.sampling
+        self._text = OutputText(
+            tokenizer,
+            stop=sampling.stop,
+            include_stop_str_in_output=sampling.include_stop_str_in_output,
+            skip_special_tokens=sampling.skip_special_tokens,
+            min_tokens=sampling.min_tokens,
+        )
+
+    async def run(self, emit: Callable[[Choice, list[TextDelta]], None]) -> None:
+        """Read to the end, handing over the deltas of each output. Raises EngineError and its
+        siblings if there is no regular end."""
+        try:
+            async for output in self._stream:
+                emit(self, self.take(output))
+                if self.finish_reason is not None:
+                    return
+            raise UnavailableError("The request was aborted by the server; try again.")
+        finally:
+            self.close()
+
+    def take(self, output: RequestOutput) -> list[TextDelta]:
+        """The deltas of one output, one per token; sets finish_reason with the last one."""
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        if output.record is not None:
+            self.cached_tokens = output.record.cached_tokens
+        self._meter.tokens(len(output.token_ids))
+        ending = output.finish_reason
+        if ending is not None and ending not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise _failure(ending, output.error)
+        last = len(output.token_ids) - 1
+        deltas: list[TextDelta] = []
+        for position, token_id in enumerate(output.token_ids):
+            ends = ending is not None and position == last
+            if ends and output.stop_token_id is not None:
+                text = self._text.push_stop_token(token_id)
+            else:
+                text = self._text.push(token_id)
+            if ends:
+                text += self._text.finish()
+            if self._text.stopped is not None:
+                self.finish_reason = "stop"
+            elif ends:
+                self.finish_reason = str(ending)
+            logprobs = output.logprobs[position] if output.logprobs else None
+            deltas.append(TextDelta(token_id, text, logprobs, self.finish_reason))
+            self.completion_tokens += 1
+            if self._text.stopped is not None:
+                break
+        if last < 0 and ending is not None:  # it ended between tokens
+            self.finish_reason = str(ending)
+            deltas.append(TextDelta(None, self._text.finish(), None, self.finish_reason))
+        return deltas
+
+    def close(self) -> None:
+        """End the request, if it still runs. Idempotent."""
+        self._stream.abort()
+        self._ledger.leave(self._request_id, stopped_by_text=self._text.stopped is not None)
+
+
+class Generation:
+    """All choices of one HTTP request: for each prompt, n of them in a row."""
+
+    def __init__(self, prompt_tokens: int, n: int) -> None:
+        self.choices: list[Choice] = []
+        self._prompt_tokens = prompt_tokens
+        self._n = n
+
+    @property
+    def usage(self) -> Usage:
+        """A prompt counts once for its n choices, and so does what was cached of it."""
+        cached = [choice.cached_tokens for choice in self.choices[:: self._n]]
+        known = [tokens for tokens in cached if tokens is not None]
+        return Usage(
+            self._prompt_tokens,
+            sum(choice.completion_tokens for choice in self.choices),
+            sum(known) if len(known) == len(cached) else None,
+        )
+
+    async def run(self, emit: Callable[[Choice, list[TextDelta]], None]) -> None:
+        """Run all choices to their end. The first failure ends the others and is raised."""
+        if len(self.choices) == 1:
+            await self.choices[0].run(emit)
+            return
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for choice in self.choices:
+                    tasks.create_task(choice.run(emit))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for choice in self.choices:
+            choice.close()
+
+
+def start(
+    model: ServedModel,
+    prompts: Sequence[list[int]],
+    sampling: SamplingParams,
+    context: RequestContext,
+) -> Generation:
+    """Submit every prompt n times.
+
+    Raises what EngineClient.submit raises; then nothing is left submitted.
+    """
+    text, _ = model.loaded()
+    if len(prompts) * sampling.n > MAX_CHOICES:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts with n = {sampling.n} make more than {MAX_CHOICES} choices; "
+            "split them over several requests.",
+            param="n" if sampling.n > 1 else "prompt",
+        )
+    generation = Generation(sum(map(len, prompts)), sampling.n)
+    one = msgspec.structs.replace(sampling, n=1)
+    arrival = time.monotonic()
+    several = len(prompts) * sampling.n > 1
+    try:
+        for prompt in prompts:
+            for repeat in range(sampling.n):
+                index = len(generation.choices)
+                request = GenerateRequest(
+                    request_id=f"{context.response_id}-{index}" if several else context.response_id,
+                    prompt_token_ids=prompt,
+                    sampling=_with_own_seed(one, repeat),
+                    arrival_time=arrival,
+                    priority=context.priority,
+                    cache_salt=context.cache_salt,
+                    model_revision=model.revision,
+                    trace_context=context.trace_context,
+                )
+                stream = model.client.submit(request)
+                generation.choices.append(
+                    Choice(index, request, stream, text.tokenizer, context.ledger)
+                )
+    except BaseException:
+        generation.close()
+        raise
+    return generation
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def check_length(num_prompt_tokens: int, max_tokens: int | None, limit: int, *, param: str) -> None:
+    """Raises if prompt and output do not fit a context of `limit` tokens."""
+    if num_prompt_tokens == 0:
+        raise InvalidRequestError("The prompt has no tokens; give it some text.", param=param)
+    if num_prompt_tokens >= limit:
+        raise ContextLengthExceededError(
+            f"This model's context is {limit} tokens, and the prompt alone has "
+            f"{num_prompt_tokens}; at least one must be left for the output. Shorten the prompt.",
+            param=param,
+        )
+    if max_tokens is not None and num_prompt_tokens + max_tokens > limit:
+        raise ContextLengthExceededError(
+            f"This model's context is {limit} tokens, and the request asks for "
+            f"{num_prompt_tokens + max_tokens} ({num_prompt_tokens} in the prompt, {max_tokens} "
+            f"for the output). Shorten the prompt, or ask for at most "
+            f"{limit - num_prompt_tokens} output tokens.",
+            param=param,
+        )
+
+
+def _with_own_seed(sampling: SamplingParams, repeat: int) -> SamplingParams:
+    """Choice i of a seeded request has the seed seed + i, wrapped to 64 bits."""
+    if sampling.seed is None or repeat == 0:
+        return sampling
+    seed = (sampling.seed + repeat + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(sampling, seed=seed)
+
+
+def _failure(
+    reason: FinishReason, message: str | None
+) -> EngineError | UnavailableError | OverloadedError:
+    if reason is FinishReason.DEADLINE:
+        return OverloadedError(message or "The request waited past its deadline; try again later.")
+    if reason is FinishReason.ABORT:
+        return UnavailableError(message or "The request was aborted by the server; try again.")
+    return EngineError(message or "The engine failed while it worked on this request.")

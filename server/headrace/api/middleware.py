@@ -1,0 +1,104 @@
+"""Around every request: its id, its key, its time, its count, and the answer to a bug.
+
+Plain ASGI, so that streams pass through untouched.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headrace.api.responses import error_response
+from headrace.api.services import Services
+from headrace.api.streaming import ClientGoneError, SlowClientError
+from headrace.errors import AuthenticationError, EngineError
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version", "/metrics"})
+CLIENT_GONE = 499  # nginx's status for it; never sent
+
+_REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+
+class RequestMiddleware:
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+        self._keys = [key.encode() for key in services.config.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, send)
+        status = CLIENT_GONE
+        try:
+            if self._authorized(scope):
+                await self._app(scope, receive, exchange.send)
+            else:
+                await _unauthorized()(scope, receive, exchange.send)
+            status = exchange.status
+        except ClientGoneError:
+            logger.debug("request %s: the client has gone", exchange.request_id)
+        except SlowClientError as error:
+            logger.warning(
+                "request %s: dropped a client that does not read: %s", exchange.request_id, error
+            )
+        except Exception:
+            status = exchange.status or 500
+            logger.exception("request %s: a bug", exchange.request_id)
+            if exchange.status:
+                raise
+            await error_response(
+                EngineError(
+                    f"The server failed on this request; its log has the reason under request id "
+                    f"{exchange.request_id}."
+                )
+            )(scope, receive, exchange.send)
+        finally:
+            seconds = time.perf_counter() - exchange.began
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._services.metrics.observe_http(route, scope["method"], status, seconds)
+
+    def _authorized(self, scope: Scope) -> bool:
+        if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return True
+        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = token.strip().encode()
+        # Every key is compared, so that the time tells nothing.
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class _Exchange:
+    """One request's id, time and status."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        given = Headers(scope=scope).get("x-request-id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        self.began = time.perf_counter()
+        self.status = 0
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.request_id
+            elapsed = (time.perf_counter() - self.began) * 1000
+            headers["openai-processing-ms"] = str(round(elapsed))
+        await self._send(message)
+
+
+def _unauthorized() -> ASGIApp:
+    error = AuthenticationError(
+        "This server needs an API key it knows; send it as 'Authorization: Bearer KEY'."
+    )
+    return error_response(error, {"www-authenticate": "Bearer"})

@@ -1,0 +1,42 @@
+"""GET /v1/models and /v1/models/{id}: what is served, in OpenAI's shape plus its identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from headrace.api.model_table import ServedModel
+from headrace.api.responses import json_response
+from headrace.api.services import services_of
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    models = services_of(request).models
+    data = [_card(model, name) for model in models for name in (model.name, *model.aliases)]
+    return json_response({"object": "list", "data": data})
+
+
+@router.get("/v1/models/{model_id:path}")
+async def get_model(request: Request) -> Response:
+    # A typed path parameter would make FastAPI import pydantic.v1, a third of the start-up time.
+    model_id: str = request.path_params["model_id"]
+    return json_response(_card(services_of(request).models.find(model_id), model_id))
+
+
+def _card(model: ServedModel, name: str) -> dict[str, Any]:
+    info = model.client.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "headrace",
+        "root": model.name,
+        "max_model_len": info.max_model_len if info else None,
+        "digest": model.digest or None,
+        "revision": model.revision or None,
+        "state": str(model.client.state),
+    }

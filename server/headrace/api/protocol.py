@@ -1,0 +1,300 @@
+"""The request bodies: fields that are honoured, their types, and what they mean for sampling.
+
+All other fields are judged by field_policy.py. Ranges are checked by SamplingParams.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from headrace.errors import InvalidRequestError, UnsupportedParameterError
+from headrace.sampling_params import SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens on /v1/completions
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 1024
+
+Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+def _check_prompt(value: Any) -> Any:
+    """Tells the four kinds of prompt apart by hand: a union would answer with four errors."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        if all(type(item) is str for item in value) or all(type(item) is int for item in value):
+            return value
+        if all(
+            type(item) is list and item and all(type(token) is int for token in item)
+            for item in value
+        ):
+            return value
+    raise ValueError("must be a string, token ids, or a non-empty array of strings or of token ids")
+
+
+def _check_stop(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return ()
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or an array of strings")
+    if len(stops) > MAX_STOP_STRINGS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(
+            f"must hold at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_CHARACTERS} "
+            "characters"
+        )
+    return tuple(stops)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    """A last event with empty choices carries the usage."""
+    continuous_usage_stats: bool | None = None
+    """Every event carries the usage so far."""
+    include_obfuscation: bool | None = None
+    """Accepted; no padding is sent."""
+
+
+class _GenerationBody(_Body):
+    """What both endpoints share. null is the same as leaving a field out."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Int | None = None
+    seed: Int | None = None
+    max_tokens: Int | None = None
+    stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop)] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    # Extensions
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: Int | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    return_token_ids: bool | None = None
+    strict_fields: bool | None = None
+
+    _passed_on: ClassVar[tuple[str, ...]] = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+        "n",
+        "min_tokens",
+        "ignore_eos",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "prompt_logprobs",
+    )
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def check_combinations(self) -> None:
+        """Raises InvalidRequestError for fields that contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options is only allowed with stream: true.", param="stream_options"
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError(
+                "prompt_logprobs is only given without streaming; set stream to false.",
+                param="prompt_logprobs",
+            )
+
+    def _sampling(self, **values: Any) -> SamplingParams:
+        for name in self._passed_on:
+            value = getattr(self, name)
+            if value is not None:
+                values.setdefault(name, value)
+        return SamplingParams(
+            stop=self.stop,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=_token_biases(self.logit_bias),
+            **values,
+        )
+
+
+class ChatMessage(_Body):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class _ChatPrompt(_Body):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatCompletionRequest(_GenerationBody, _ChatPrompt):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+
+    def check_combinations(self) -> None:
+        super().check_combinations()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
+
+    def sampling(self) -> SamplingParams:
+        """Raises InvalidRequestError for a value out of range."""
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        limit = self.max_completion_tokens
+        try:
+            return self._sampling(
+                max_tokens=self.max_tokens if limit is None else limit, logprobs=logprobs
+            )
+        except InvalidRequestError as error:
+            raise _renamed(error, "logprobs", "top_logprobs") from error
+
+
+class CompletionRequest(_GenerationBody):
+    prompt: Annotated[Prompt, BeforeValidator(_check_prompt)]
+    add_special_tokens: bool = True
+    echo: bool | None = None
+    logprobs: Int | None = None
+
+    @property
+    def echo_only(self) -> bool:
+        """max_tokens: 0 with echo asks for the prompt's own log-probabilities."""
+        return self.max_tokens == 0 and bool(self.echo)
+
+    def sampling(self) -> SamplingParams:
+        """Raises InvalidRequestError for a value out of range."""
+        values: dict[str, Any] = {"logprobs": self.logprobs}
+        if self.echo and self.logprobs is not None:
+            values["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        if self.echo_only:
+            values["max_tokens"] = 1
+        else:
+            limit = self.max_tokens
+            values["max_tokens"] = DEFAULT_COMPLETION_TOKENS if limit is None else limit
+        return self._sampling(**values)
+
+
+class TokenizeRequest(_ChatPrompt):
+    """vLLM's two shapes in one: `prompt`, or `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None  # type: ignore[assignment]
+    """Default: true for a prompt, false for messages (the template writes its own)."""
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Body):
+    model: str | None = None
+    tokens: list[Int]
+
+
+_ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant")
+_TOOL_FIELDS: tuple[str, ...] = ("tool_calls", "function_call", "audio")
+
+
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them, content as one string; text parts are joined by
+    newlines.
+
+    Raises UnsupportedParameterError for anything that is not text, InvalidRequestError for the
+    rest.
+    """
+    plain: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        extra = dict(message.model_extra or {})
+        for name in _TOOL_FIELDS:
+            if extra.pop(name, None):
+                raise UnsupportedParameterError(
+                    f"{where}.{name} is not supported: only text goes in and out; leave it out.",
+                    param=f"{where}.{name}",
+                )
+        if message.role in ("tool", "function"):
+            raise UnsupportedParameterError(
+                f"{where}.role {message.role!r} is not supported: there is no tool calling yet; "
+                "put the result into a user message.",
+                param=f"{where}.role",
+            )
+        if message.role not in _ROLES:
+            raise InvalidRequestError(
+                f"{where}.role must be one of {', '.join(_ROLES)}, got {message.role!r}.",
+                param=f"{where}.role",
+            )
+        plain.append({**extra, "role": message.role, "content": _content(message, where)})
+    return plain
+
+
+def _content(message: ChatMessage, where: str) -> str:
+    content = message.content
+    if isinstance(content, str):
+        return content
+    if content is None:
+        if message.role == "assistant":
+            return ""
+        raise InvalidRequestError(
+            f"{where}.content is required; give it a string.",
+            param=f"{where}.content",
+            code="missing_required_parameter",
+        )
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        kind = part.get("type")
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if not isinstance(text, str):
+            raise UnsupportedParameterError(
+                f'{where}.content[{index}] must be {{"type": "text", "text": "..."}}: this server '
+                f"takes only text, got type {str(kind)!r}.",
+                param=f"{where}.content[{index}]",
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
+    if not biases:
+        return None
+    for key in biases:
+        if not key.isascii() or not key.isdigit() or len(key) > 10:
+            raise UnsupportedParameterError(
+                f"logit_bias keys must be token ids, got {key!r}; get them from /tokenize.",
+                param="logit_bias",
+            )
+    return {int(key): bias for key, bias in biases.items()}
+
+
+def _renamed(error: InvalidRequestError, theirs: str, ours: str) -> InvalidRequestError:
+    """SamplingParams has one field for two of OpenAI's; name the one that was sent."""
+    if error.param != theirs:
+        return error
+    return InvalidRequestError(error.message.replace(theirs, ours, 1), param=ours, code=error.code)

@@ -1,0 +1,172 @@
+"""What the two kinds of completion share: one JSON answer, or a stream of events, around choices.
+
+chat.py and completions.py say what a choice looks like.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import msgspec
+from fastapi import Request, Response
+
+from headrace.api.generation import Choice, Generation, TextDelta, Usage
+from headrace.api.model_table import ServedModel
+from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
+from headrace.api.services import services_of
+from headrace.api.streaming import DONE, EventStream, Outbox, unless_disconnected
+from headrace.text.tokenizer import Tokenizer
+
+_encode = msgspec.json.Encoder().encode
+_TEXT_GOES_HERE = "\x00text\x00"
+
+
+class Reply(ABC):
+    """The answer to one request."""
+
+    answer_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        *,
+        response_id: str,
+        model: ServedModel,
+        tokenizer: Tokenizer,
+        ignored_fields: list[str],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stream = bool(body.stream)
+        self._final_usage = body.wants_usage
+        self._running_usage = body.wants_running_usage
+        self._token_ids = bool(body.return_token_ids)
+        self._has_logprobs = body.logprobs is not None and body.logprobs is not False
+        self._ignored_fields = ignored_fields
+        self._envelope = {
+            "id": response_id,
+            "object": self.chunk_object if self._stream else self.answer_object,
+            "created": int(time.time()),
+            "model": body.model or model.name,
+            "system_fingerprint": model.fingerprint,
+        }
+
+    @abstractmethod
+    def choice(self, choice: Choice, deltas: list[TextDelta]) -> dict[str, Any]:
+        """A finished choice, from all its deltas."""
+
+    @abstractmethod
+    def chunk_choice(self, choice: Choice, delta: TextDelta, *, first: bool) -> dict[str, Any]:
+        """The choice in the event of one token. `first`: of this choice."""
+
+    def extras(self, generation: Generation) -> dict[str, Any]:
+        """Fields beside the choices: in the answer, or in the first event."""
+        if self._ignored_fields:
+            return {"headrace": {"ignored_fields": self._ignored_fields}}
+        return {}
+
+    def usage(self, generation: Generation) -> Usage:
+        return generation.usage
+
+    async def send(self, request: Request, generation: Generation) -> Response:
+        """Run `generation` and answer with it. The generation ends if the client goes away."""
+        if not self._stream:
+            answer = await unless_disconnected(request.receive, self._answer(generation))
+            return Response(_encode(answer), media_type="application/json")
+
+        async def produce(outbox: Outbox) -> None:
+            events = _Events(self, generation)
+            await generation.run(lambda choice, deltas: outbox.put(events.of(choice, deltas)))
+            if self._final_usage:
+                outbox.put(events.usage())
+            outbox.put(DONE)
+
+        limit = services_of(request).config.max_unsent_bytes
+        return EventStream(produce, max_unsent=limit)
+
+    async def _answer(self, generation: Generation) -> dict[str, Any]:
+        deltas: dict[int, list[TextDelta]] = {choice.index: [] for choice in generation.choices}
+        await generation.run(lambda choice, more: deltas[choice.index].extend(more))
+        return {
+            **self._envelope,
+            "choices": [self.choice(choice, deltas[choice.index]) for choice in generation.choices],
+            "usage": usage_object(self.usage(generation)),
+            **self.extras(generation),
+        }
+
+    def chunk(self, choices: list[dict[str, Any]], generation: Generation) -> dict[str, Any]:
+        """An event. With include_usage all but the last have a usage of null, as OpenAI's do."""
+        chunk: dict[str, Any] = {**self._envelope, "choices": choices}
+        if self._running_usage:
+            chunk["usage"] = usage_object(self.usage(generation))
+        elif self._final_usage:
+            chunk["usage"] = None
+        return chunk
+
+    @property
+    def differs_in_text_only(self) -> bool:
+        """Whether a choice's events, but for the first and the last, have only their text."""
+        return not (self._running_usage or self._token_ids or self._has_logprobs)
+
+
+class _Events:
+    """The events of one stream: one per token, the first with the role, the last with the
+    finish_reason. Nearly all differ in their text only: the JSON around it is made once."""
+
+    def __init__(self, reply: Reply, generation: Generation) -> None:
+        self._reply = reply
+        self._generation = generation
+        self._begun: set[int] = set()
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}
+        self._extras = reply.extras(generation)
+
+    def of(self, choice: Choice, deltas: list[TextDelta]) -> bytes:
+        around = self._around_text.get(choice.index)
+        parts: list[bytes] = []
+        for delta in deltas:
+            if around is not None and delta.finish_reason is None:
+                parts += (around[0], _encode(delta.text), around[1])
+                continue
+            first = choice.index not in self._begun
+            parts.append(self._event(choice, delta, first=first))
+            if first:
+                self._begun.add(choice.index)
+                if self._reply.differs_in_text_only:
+                    around = self._around_text[choice.index] = self._cut(choice)
+        return b"".join(parts)
+
+    def usage(self) -> bytes:
+        chunk = self._reply.chunk([], self._generation)
+        chunk["usage"] = usage_object(self._reply.usage(self._generation))
+        return _event(chunk)
+
+    def _event(self, choice: Choice, delta: TextDelta, *, first: bool) -> bytes:
+        content = self._reply.chunk_choice(choice, delta, first=first)
+        chunk = self._reply.chunk([content], self._generation)
+        chunk.update(self._extras)
+        self._extras = {}
+        return _event(chunk)
+
+    def _cut(self, choice: Choice) -> tuple[bytes, bytes]:
+        """Write an event with a mark for its text, and cut it there."""
+        sample = self._event(choice, TextDelta(0, _TEXT_GOES_HERE, None, None), first=False)
+        before, _, after = sample.partition(_encode(_TEXT_GOES_HERE))
+        return before, after
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's `usage`; what was cached is left out while unknown."""
+    shaped: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+    if usage.cached_tokens is not None:
+        shaped["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    return shaped
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"

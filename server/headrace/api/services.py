@@ -1,0 +1,49 @@
+"""What the endpoints share: options, models, accounts, and whether the server is draining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from headrace.api.api_config import ApiConfig
+from headrace.api.ledger import MetricsSink, RequestLedger
+from headrace.api.model_table import ModelTable
+from headrace.errors import HeadraceError, UnavailableError, error_body
+
+
+@dataclass(slots=True, kw_only=True)
+class Services:
+    """Lives in `app.state.services`."""
+
+    config: ApiConfig
+    models: ModelTable
+    metrics: MetricsSink
+    ledger: RequestLedger
+    draining: bool = False
+    """Set on SIGTERM: not ready, no new requests, running ones go on."""
+
+    @contextmanager
+    def counting_rejections(self) -> Iterator[None]:
+        """Around everything that happens to a request until the engine has taken it."""
+        try:
+            yield
+        except HeadraceError as error:
+            self.metrics.observe_rejected(str(error_body(error)["error"]["code"]))
+            raise
+
+    def check_admission(self) -> None:
+        """Raises UnavailableError while draining."""
+        if self.draining:
+            raise UnavailableError(
+                "The server is shutting down; send the request to another one, or try again soon.",
+                retry_after=5.0,
+            )
+
+
+def services_of(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services

@@ -1,0 +1,355 @@
+"""The command line: serve, generate, plan, kernels, bench. Thin: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from headrace import __version__
+from headrace.config import (
+    GIB,
+    GROUPS,
+    MIB,
+    EngineConfig,
+    ServerOptions,
+    load_options,
+    option_specs,
+)
+from headrace.errors import ConfigError, HeadraceError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from headrace.serve import Service
+
+MODEL_HELP = (
+    "A folder of safetensors, a .gguf file, ORG/NAME[@REVISION][:FILE.gguf] on the hub, or nothing "
+    "for SmolLM2-135M-Instruct."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. 2: the user's input was at fault, 1: something else."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except HeadraceError as error:
+        print(f"headrace: {error.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# --- parsing ----------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headrace", description="An LLM inference server.")
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
+    _add_model(serve)
+    _add_options(serve, server=True)
+    serve.set_defaults(run=_serve)
+
+    generate = commands.add_parser("generate", help="continue a prompt, or answer it, and exit")
+    generate.add_argument("prompt", help="the text; '-' reads standard input")
+    generate.add_argument("--model", default="", help=MODEL_HELP)
+    generate.add_argument("--raw", action="store_true", help="continue the text; no chat template")
+    generate.add_argument("--max-tokens", type=int, default=256, help="output tokens at most")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--seed", type=int, help="repeats the same output")
+    _add_options(generate, server=False)
+    generate.set_defaults(run=_generate)
+
+    plan = commands.add_parser("plan", help="show what a model would take here, without loading it")
+    _add_model(plan)
+    _add_options(plan, server=True)
+    plan.set_defaults(run=_plan)
+
+    kernels = commands.add_parser("kernels", help="show which kernel each op uses here, and why")
+    _add_model(kernels)
+    _add_options(kernels, server=False)
+    kernels.set_defaults(run=_kernels)
+
+    # _add_bench(commands)
+    return parser
+
+
+def _add_bench(commands: Any) -> None:
+    from headrace.bench import serve as bench_serve
+
+    bench = commands.add_parser("bench", help="measure a running server")
+    benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    command = benches.add_parser("serve", help="open-loop load test over HTTP")
+    bench_serve.add_arguments(command)
+    command.set_defaults(run=bench_serve.run)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="", help=MODEL_HELP)
+
+
+def _add_options(parser: argparse.ArgumentParser, *, server: bool) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same names as flags")
+    specs = list(option_specs())
+    for title, group in GROUPS:
+        if group is ServerOptions and not server:
+            continue
+        section = parser.add_argument_group(title)
+        for spec in (spec for spec in specs if spec.group is group):
+            flag = f"--{spec.name.replace('_', '-')}"
+            default = "" if spec.default in (None, "", ()) else f" (default: {spec.default})"
+            keywords: dict[str, Any] = {
+                "default": argparse.SUPPRESS,
+                "dest": f"option.{spec.name}",
+                "help": (spec.help + default).replace("%", "%%"),
+            }
+            if spec.is_flag:
+                section.add_argument(flag, action=argparse.BooleanOptionalAction, **keywords)
+                continue
+            keywords["metavar"] = spec.name.split("_")[-1].upper()
+            if spec.choices:
+                del keywords["metavar"]
+            if spec.is_list:
+                keywords["action"] = "append"
+            section.add_argument(flag, type=spec.parse, choices=spec.choices, **keywords)
+
+
+def _options(args: argparse.Namespace) -> tuple[EngineConfig, ServerOptions, dict[str, str]]:
+    flags = {
+        name.removeprefix("option."): tuple(value) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name.startswith("option.")
+    }
+    return load_options(args.model, flags, _read_yaml(args.config) if args.config else None)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path) as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: must hold names and values, such as port: 8000.")
+    return {str(key): value for key, value in content.items()}
+
+
+# --- serve ------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import asyncio
+
+    import uvloop
+
+    from headrace import serve
+    from headrace.observability.logging import configure_logging
+
+    config, options, _ = _options(args)
+    configure_logging(options.log_level, options.log_format)
+    console = _console()
+    if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
+        console.print(
+            f"[yellow]Warning:[/] listening on {options.host} without --api-key: whoever reaches "
+            "this address can use the model."
+        )
+    with _loading_bar(console) as progress, asyncio.Runner(
+        loop_factory=uvloop.new_event_loop
+    ) as runner:
+
+        def on_ready(service: Service, url: str) -> None:
+            progress.stop()
+            _print_ready(console, service, url)
+
+        return runner.run(
+            serve.run(config, options, on_ready=on_ready, on_progress=progress.update)
+        )
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+class _loading_bar:
+    """Bytes and rate of the weights, on a terminal; silent elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TransferSpeedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("Loading weights"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("load", total=None, visible=False)
+
+    def __enter__(self) -> _loading_bar:
+        self._progress.start()
+        return self
+
+    def update(self, bytes_read: int, bytes_total: int) -> None:
+        self._progress.update(self._task, completed=bytes_read, total=bytes_total, visible=True)
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+
+def _print_ready(console: Console, service: Service, url: str) -> None:
+    info = service.client.info
+    assert info is not None, "ready means that the engine has described itself"
+    tokens = info.num_blocks * info.block_size
+    kernels = ", ".join(f"{stem} {name}" for stem, name in sorted(info.kernels.items()))
+    names = [service.model.name, *service.model.aliases]
+    rows = [
+        ("Model", f"{', '.join(names)} ({service.path.name})"),
+        ("Weights", f"{_size(info.weight_bytes)} in {info.dtype}, {info.load_seconds:.1f} s"),
+        ("Device", f"{info.device}"),
+        ("Kernels", kernels),
+        (
+            "KV cache",
+            f"{_size(info.kv_cache_bytes)}: {tokens:,} tokens, or "
+            f"{tokens / info.max_model_len:.1f} requests of {info.max_model_len:,}",
+        ),
+        ("URL", f"{url}/v1"),
+    ]
+    console.print()
+    for name, value in rows:
+        console.print(f"  [bold]{name:<10}[/]{value}", markup=True, soft_wrap=True)
+    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    console.print(
+        f"\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"    -d '{body}'\n",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+
+
+# --- the other commands -----------------------------------------------------------------------
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from headrace.llm import LLM
+    from headrace.sampling_params import SamplingParams
+
+    config, _, _ = _options(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    sampling = SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed
+    )
+    with LLM.from_config(config) as llm:
+        pieces = (
+            llm.stream(prompt, sampling)
+            if args.raw
+            else llm.stream_chat([{"role": "user", "content": prompt}], sampling)
+        )
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from headrace.engine.plan import make_plan
+
+    config, _, sources = _options(args)
+    plan = make_plan(_with_local_model(config))
+    resolved, model = plan.resolved, plan.model
+    table = Table("value", "", "where from", box=None, pad_edge=False)
+    rows = [
+        ("model", str(plan.checkpoint.path), f"{model.architecture}, {model.checkpoint_dtype}"),
+        ("parameters", f"{model.num_parameters:,}", "config"),
+        ("device", resolved.device, plan.hardware.name),
+    ]
+    for name in (
+        "dtype",
+        "threads",
+        "block_size",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "num_blocks",
+    ):
+        why = resolved.why[name]
+        why = sources.get(name, why) if why == "given" else why
+        rows.append((name, str(getattr(resolved, name)), why))
+    kv_per_token = f"{resolved.kv_bytes_per_token:,} bytes a token"
+    rows += [
+        ("weights", _size(resolved.weight_bytes), f"parameters in {resolved.dtype}"),
+        ("KV cache", _size(resolved.kv_cache_bytes), resolved.why["kv_cache_bytes"]),
+        ("KV capacity", f"{resolved.kv_capacity_tokens:,} tokens", kv_per_token),
+        (
+            "concurrency",
+            f"{resolved.full_context_concurrency:.1f}",
+            f"requests of {resolved.max_model_len:,} tokens at once",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    _stdout().print(table)
+    return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from headrace_kernels import dispatch
+    from rich.table import Table
+
+    from headrace.engine.build import explicit_kernels, kernel_facts
+    from headrace.engine.plan import make_plan
+
+    config, _, _ = _options(args)
+    plan = make_plan(_with_local_model(config))
+    facts = kernel_facts(plan.resolved, plan.model)
+    table = Table("op", "kernel", "chosen", "reason", box=None, pad_edge=False)
+    for decision in dispatch.explain(facts, explicit_kernels(plan.resolved.kernel)):
+        chosen = "yes" if decision.chosen else ""
+        table.add_row(decision.stem, decision.candidate, chosen, decision.reason)
+    _stdout().print(table)
+    return 0
+
+
+def _with_local_model(config: EngineConfig) -> EngineConfig:
+    from dataclasses import replace
+
+    from headrace.loading.resolver import resolve_model
+
+    path = resolve_model(config.model, revision=config.model_options.revision)
+    return replace(config, model=str(path))
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    # Piped output has no width of its own to fit into.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

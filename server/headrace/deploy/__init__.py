@@ -1,0 +1,1 @@
+"""Headrace as a Ray Serve application."""

@@ -1,0 +1,96 @@
+"""What one step computes, as data: the seam between the scheduler and the model runner.
+
+numpy only; the runner turns it into tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from headrace.engine.client import TokenLogprobs
+from headrace.engine.request import IntArray, LongArray, RunningRequests
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """One step's work. R rows; row `rows[i]` computes its next `num_scheduled[i]` tokens."""
+
+    rows: LongArray
+    """[R] rows of RunningRequests, ascending."""
+    num_scheduled: IntArray
+    """[R] tokens each row computes in this step, at least 1."""
+    samples: np.ndarray
+    """[R] bool: the row reaches its last known token, so that a next one is sampled."""
+    num_tokens: int
+    """T = sum(num_scheduled)."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the runner found for a ScheduledBatch."""
+
+    token_ids: LongArray
+    """[number of sampling rows] in batch order; -1 where the logits were not numbers."""
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    """By row of RunningRequests, for rows that asked."""
+    prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """By row: one entry per token that the chunk predicted inside the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """The flat, ragged batch on the host. T tokens, padded by `pad_to` to T' tokens.
+
+    Padding tokens have token id 0, position 0 and slot -1; they belong to no request.
+    """
+
+    token_ids: LongArray
+    """[T']"""
+    positions: LongArray
+    """[T']"""
+    slot_mapping: LongArray
+    """[T'] block * block_size + offset of the KV entry to write, -1 for padding."""
+    query_lens: IntArray
+    """[R]"""
+    seq_lens: IntArray
+    """[R] tokens in the cache once this step's are written."""
+    block_table: IntArray
+    """[R, max blocks of any row]"""
+    logit_indices: LongArray
+    """[number of sampling rows] index into T of each sampling row's last token."""
+
+
+def build_model_input(
+    batch: ScheduledBatch, running: RunningRequests, *, block_size: int, pad_to: int
+) -> ModelInput:
+    """Lay the batch out flat: row after row, each with its scheduled tokens in order."""
+    rows, query_lens = batch.rows, batch.num_scheduled
+    start = running.num_computed_tokens[rows]
+    ends = np.cumsum(query_lens)
+    row_of_token = np.repeat(rows, query_lens)
+    offset = np.arange(batch.num_tokens) - np.repeat(ends - query_lens, query_lens)
+    positions = np.repeat(start, query_lens) + offset
+
+    padded = -(-batch.num_tokens // pad_to) * pad_to
+    token_ids = np.zeros(padded, np.int64)
+    token_ids[: batch.num_tokens] = running.token_ids[row_of_token, positions]
+    padded_positions = np.zeros(padded, np.int64)
+    padded_positions[: batch.num_tokens] = positions
+    slots = np.full(padded, -1, np.int64)
+    blocks = running.block_table[row_of_token, positions // block_size].astype(np.int64)
+    slots[: batch.num_tokens] = blocks * block_size + positions % block_size
+    return ModelInput(
+        token_ids=token_ids,
+        positions=padded_positions,
+        slot_mapping=slots,
+        query_lens=query_lens,
+        seq_lens=start + query_lens,
+        block_table=running.block_table[rows, : int(running.num_blocks[rows].max())],
+        logit_indices=(ends - 1)[batch.samples],
+    )

@@ -1,0 +1,148 @@
+"""From a configuration to a running engine: resolve, load, and wire the parts together."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from headrace_kernels import dispatch
+from headrace_kernels.kernel_set import KernelSet
+
+from headrace.config import EngineConfig, ResolvedConfig
+from headrace.engine.block_pool import BlockPool
+from headrace.engine.client import ModelInfo
+from headrace.engine.engine import Engine
+from headrace.engine.kv_cache import KVCacheManager
+from headrace.engine.model_runner import ModelRunner
+from headrace.engine.plan import Plan, make_plan
+from headrace.engine.request import RunningRequests
+from headrace.engine.scheduler import Scheduler
+from headrace.errors import ConfigError
+from headrace.layers.weights import WeightTensor
+from headrace.loading.checkpoint import Checkpoint
+from headrace.models.base import CausalLM, build_model
+from headrace.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""(bytes of weights read, bytes in all)"""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HASH_KEY_BYTES = 64  # blake2b's longest key
+
+
+def build_engine(config: EngineConfig, progress: Progress = lambda read, total: None) -> Engine:
+    """Load the model at `config.model`, a local path, and make an engine that is ready to step.
+
+    Raises CheckpointError or ConfigError, with a remedy, before weights are read where possible.
+    """
+    start = time.monotonic()
+    plan = make_plan(config)
+    resolved = plan.resolved
+    torch.set_num_threads(resolved.threads)
+    kernels = _choose_kernels(resolved, plan.model)
+    model = _load_model(plan, kernels, progress)
+    running = RunningRequests(
+        resolved.max_num_seqs,
+        resolved.max_model_len,
+        resolved.block_size,
+        plan.model.eos_token_ids,
+    )
+    key = resolved.prefix_cache_key.encode()[:HASH_KEY_BYTES]
+    kv_cache = KVCacheManager(
+        BlockPool(resolved.num_blocks),
+        running,
+        block_size=resolved.block_size,
+        key=key or secrets.token_bytes(HASH_KEY_BYTES),
+        kv_dtype=resolved.dtype,
+        enable_prefix_caching=resolved.enable_prefix_caching,
+    )
+    scheduler = Scheduler(
+        running,
+        kv_cache,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        eos_token_ids=plan.model.eos_token_ids,
+    )
+    runner = ModelRunner(
+        model,
+        running,
+        num_blocks=resolved.num_blocks,
+        block_size=resolved.block_size,
+        device=torch.device(resolved.device),
+        kv_dtype=DTYPES[resolved.dtype],
+    )
+    info = ModelInfo(
+        max_model_len=resolved.max_model_len,
+        vocab_size=plan.model.vocab_size,
+        eos_token_ids=sorted(plan.model.eos_token_ids),
+        num_blocks=resolved.num_blocks,
+        block_size=resolved.block_size,
+        max_num_seqs=resolved.max_num_seqs,
+        dtype=resolved.dtype,
+        device=resolved.device,
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        kv_cache_bytes=resolved.kv_cache_bytes,
+        load_seconds=time.monotonic() - start,
+        kernels=dict(kernels.names),
+    )
+    return Engine(scheduler, runner, info)
+
+
+def _choose_kernels(resolved: ResolvedConfig, model: ModelConfig) -> KernelSet:
+    try:
+        return dispatch.choose(kernel_facts(resolved, model), explicit_kernels(resolved.kernel))
+    except dispatch.KernelUnavailableError as error:
+        raise ConfigError(f"--kernel: {error}") from None
+
+
+def explicit_kernels(choices: Sequence[str]) -> dict[str, str]:
+    """{"attention": "reference"} from ("attention=reference",). Raises ConfigError."""
+    explicit = {}
+    for choice in choices:
+        stem, equals, name = choice.partition("=")
+        if not equals:
+            raise ConfigError(f"--kernel {choice}: write it as STEM=NAME.")
+        explicit[stem] = name
+    return explicit
+
+
+def kernel_facts(resolved: ResolvedConfig, model: ModelConfig) -> dispatch.KernelFacts:
+    """What the candidates of each op are asked with."""
+    device = torch.device(resolved.device)
+    arch = platform.machine()
+    if device.type == "cuda":
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return dispatch.KernelFacts(
+        device=device.type,
+        arch=arch,
+        dtype=DTYPES[resolved.dtype],
+        head_dim=model.head_dim,
+        page_size=resolved.block_size,
+    )
+
+
+def _load_model(plan: Plan, kernels: KernelSet, progress: Progress) -> CausalLM:
+    model = build_model(
+        plan.model,
+        dtype=DTYPES[plan.resolved.dtype],
+        device=torch.device(plan.resolved.device),
+        kernels=kernels,
+        max_positions=plan.resolved.max_model_len,
+    )
+    model.load_weights(_with_progress(plan.checkpoint, progress))
+    return model.eval()
+
+
+def _with_progress(checkpoint: Checkpoint, progress: Progress) -> Iterator[WeightTensor]:
+    """The checkpoint's tensors; reports the bytes of each once its reader asks for the next."""
+    total, done = checkpoint.weight_bytes, 0
+    for tensor in checkpoint.weights():
+        yield tensor
+        done += tensor.nbytes
+        progress(done, total)
+    progress(total, total)

@@ -1,0 +1,173 @@
+"""What the API process sees of an engine: submit token ids, iterate over outputs, ask how it is.
+
+`EngineClient` is the interface; `process_client.py` runs the engine in a process of its own and
+`LLM` uses the same engine in this process. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from headrace.sampling_params import GenerateRequest
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    """An end-of-sequence token, a stop token or (decided by the text side) a stop string."""
+    LENGTH = "length"
+    ABORT = "abort"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural log) at one position, before penalties, temperature and filters."""
+
+    logprob: float
+    """Of the token that stands at this position."""
+    top_token_ids: list[int]
+    """The most likely tokens, best first; empty when only the token's own was asked for."""
+    top_logprobs: list[float]
+
+
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The one typed end of every request; metrics, logs, traces and usage all read it.
+
+    Times are time.monotonic() seconds; those of stages that were never reached are 0.
+    """
+
+    request_id: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+    preemptions: int
+    arrival_time: float
+    scheduled_time: float
+    first_token_time: float
+    finished_time: float
+    tenant: str = ""
+    max_tokens: int | None = None
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What became known of one request since the last output: one step's token, or several when
+    the reader is slower than the engine."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry per token of `token_ids`, when asked for."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One entry per prompt token (None for the first), once, with the first output."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop token that ended the request; it is the last of `token_ids`."""
+    error: str | None = None
+    record: RequestRecord | None = None
+    """Present exactly when finish_reason is."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded engine tells about itself."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    dtype: str
+    device: str
+    weight_bytes: int
+    kv_cache_bytes: int
+    load_seconds: float
+    kernels: dict[str, str]
+    """stem -> the candidate that was chosen for it."""
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's gauges after its last step, and its counters since it started."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    """Tokens computed by the last step."""
+    last_step_time: float = 0.0
+    """time.monotonic() at which the last step ended (or the engine was last seen idle)."""
+    resident_bytes: int = 0
+
+
+class EngineState(enum.StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    DEAD = "dead"
+
+
+class RequestStream(Protocol):
+    """The outputs of one request. Close it (or leave its `async for`) and the engine forgets it."""
+
+    request_id: str
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output; coalesces all that arrived meanwhile. After the one that carries a
+        finish_reason: StopAsyncIteration. Raises EngineError if the engine is lost for good."""
+        ...
+
+    def abort(self) -> None:
+        """Free the request's blocks by the next step. Idempotent; harmless after the end."""
+        ...
+
+
+class EngineClient(Protocol):
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """None until the engine was ready for the first time."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def last_seen_age(self) -> float:
+        """Seconds since the engine last ended a step or said that it is idle."""
+        ...
+
+    @property
+    def restarts(self) -> int: ...
+
+    async def start(self) -> None:
+        """Start loading; returns at once."""
+        ...
+
+    async def wait_ready(self) -> ModelInfo:
+        """Raises EngineError, with the engine's own message, if it cannot load."""
+        ...
+
+    def submit(self, request: GenerateRequest) -> RequestStream:
+        """Queue a request. Raises OverloadedError when the bounded queue is full, UnavailableError
+        when not ready, and a RequestError for token ids or lengths that the model cannot take."""
+        ...
+
+    async def reset_prefix_cache(self) -> bool:
+        """Drop cached blocks that nobody uses. False when requests are running."""
+        ...
+
+    async def close(self) -> None: ...

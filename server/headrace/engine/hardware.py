@@ -1,0 +1,94 @@
+"""What this process may use: cores, memory, devices. Probed on demand, never at import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+from headrace.config import Hardware
+from headrace.errors import ConfigError
+
+CGROUP = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
+
+
+def probe(device: str = "auto") -> Hardware:
+    """Describe `device` (cpu, cuda, cuda:N, auto). Imports torch only if a GPU may be meant.
+
+    Raises ConfigError for a device that is not there.
+    """
+    if device != "cpu" and (device != "auto" or Path("/dev/nvidiactl").exists()):
+        gpu = _probe_gpu(device)
+        if gpu is not None:
+            return gpu
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"--device {device}: no such device here. Use cpu, cuda or cuda:N.")
+    return Hardware(
+        device="cpu",
+        name=_cpu_name(),
+        cores=usable_cores(),
+        memory_bytes=_available_memory(),
+        has_bf16=bool(BF16_FLAGS & _cpu_flags()),
+    )
+
+
+def usable_cores() -> int:
+    """Cores within affinity and the cgroup's CPU quota, at least 1."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = affinity or 1
+    quota = _read(CGROUP / "cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, -(-int(quota[0]) // int(quota[1])))
+    return max(cores, 1)
+
+
+def _available_memory() -> int:
+    available = int(psutil.virtual_memory().available)
+    limit, used = _read(CGROUP / "memory.max"), _read(CGROUP / "memory.current")
+    if limit.isdigit() and used.isdigit():
+        available = min(available, int(limit) - int(used))
+    return max(available, 0)
+
+
+def _probe_gpu(device: str) -> Hardware | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    index = int(device.partition(":")[2] or 0) if device.startswith("cuda") else 0
+    if index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0."
+        )
+    free, _ = torch.cuda.mem_get_info(index)
+    return Hardware(
+        device=f"cuda:{index}",
+        name=torch.cuda.get_device_name(index),
+        cores=usable_cores(),
+        memory_bytes=free,
+        has_bf16=torch.cuda.get_device_capability(index) >= (8, 0),
+    )
+
+
+def _cpu_flags() -> set[str]:
+    for line in _read(CPUINFO).splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _cpu_name() -> str:
+    for line in _read(CPUINFO).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "CPU"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,299 @@
+"""The client's side of requests that live: admission limits, delivery of outputs, replay.
+
+Used by every EngineClient; knows nothing of processes or sockets, and runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from headrace.engine.client import (
+    FinishReason,
+    ModelInfo,
+    RequestOutput,
+    RequestRecord,
+    TokenLogprobs,
+)
+from headrace.engine.wire import StepOutputs
+from headrace.errors import (
+    ContextLengthExceededError,
+    EngineError,
+    HeadraceError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from headrace.sampling_params import GenerateRequest
+
+MAX_DEATHS = 2
+"""A request that was running when the engine died this often is taken for the cause, and failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What may wait for its first token before new requests are refused with 429."""
+
+    max_queued_requests: int
+    max_queued_tokens: int
+
+
+class LiveStream:
+    """Implements client.RequestStream. Written by the event loop's delivery, read by one task."""
+
+    def __init__(self, request: GenerateRequest, on_abort: Callable[[LiveStream], None]) -> None:
+        self.request_id = request.request_id
+        self.request = request
+        self.received: list[int] = []
+        """All output tokens so far: what a replay starts from."""
+        self.deaths = 0
+        self.done = False
+        self._on_abort = on_abort
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._end: RequestOutput | None = None
+        self._error: HeadraceError | None = None
+        self._news = asyncio.Event()
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if not self.done or self._news.is_set():
+            await self._news.wait()
+        elif self._error is None:
+            raise StopAsyncIteration
+        self._news.clear()
+        if self._error is not None:
+            raise self._error
+        end, self._end = self._end, None
+        if end is None and not self._tokens:
+            raise StopAsyncIteration  # aborted while its reader waited
+        output = RequestOutput(
+            request_id=self.request_id,
+            token_ids=self._tokens,
+            logprobs=self._logprobs or None,
+            prompt_logprobs=self._prompt_logprobs,
+            finish_reason=end.finish_reason if end else None,
+            stop_token_id=end.stop_token_id if end else None,
+            error=end.error if end else None,
+            record=end.record if end else None,
+        )
+        self._tokens, self._logprobs, self._prompt_logprobs = [], [], None
+        return output
+
+    def abort(self) -> None:
+        if not self.done:
+            self._on_abort(self)
+
+    def push_token(self, token_id: int) -> None:
+        self.received.append(token_id)
+        self._tokens.append(token_id)
+        self._news.set()
+
+    def push(self, output: RequestOutput) -> None:
+        self.received.extend(output.token_ids)
+        self._tokens.extend(output.token_ids)
+        if output.logprobs:
+            self._logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+        if output.finish_reason is not None:
+            self._end = output
+            self.done = True
+        self._news.set()
+
+    def end_unfinished(self) -> None:
+        """After an abort: whoever still reads gets StopAsyncIteration."""
+        self._tokens = []
+        self.done = True
+        self._news.set()
+
+    def fail(self, error: HeadraceError) -> None:
+        self._error = error
+        self.done = True
+        self._news.set()
+
+
+class LiveRequests:
+    """All requests between submit and their end, by handle."""
+
+    def __init__(
+        self,
+        limits: QueueLimits,
+        *,
+        on_abort: Callable[[str], None],
+        on_end: Callable[[RequestRecord], None],
+    ) -> None:
+        self._limits = limits
+        self._on_abort = on_abort
+        self._on_end = on_end
+        self._by_handle: dict[int, LiveStream] = {}
+        self._handle_of: dict[str, int] = {}
+        self._next_handle = itertools.count(1)
+        self._queued: dict[str, int] = {}
+        """request id -> prompt tokens, of those that wait for their first token."""
+        self._queued_tokens = 0
+        self._prefill_rate = 0.0  # tokens per second, moving average
+
+    def __len__(self) -> int:
+        return len(self._by_handle)
+
+    def admit(self, request: GenerateRequest, info: ModelInfo) -> tuple[int, LiveStream]:
+        """Check and register a request: (its handle, its stream). Raises as EngineClient.submit."""
+        _check(request, info)
+        if request.request_id in self._handle_of:
+            raise InvalidRequestError(
+                f"A request with id {request.request_id!r} is running already.", param="request_id"
+            )
+        self._check_queue(len(request.prompt_token_ids))
+        if request.sampling.seed is None:
+            # Fixed here, so that a replay on a restarted engine repeats the same tokens.
+            sampling = msgspec.structs.replace(request.sampling, seed=secrets.randbits(62))
+            request = msgspec.structs.replace(request, sampling=sampling)
+        handle = next(self._next_handle)
+        stream = LiveStream(request, self._abort)
+        self._by_handle[handle] = stream
+        self._handle_of[request.request_id] = handle
+        self._queued[request.request_id] = len(request.prompt_token_ids)
+        self._queued_tokens += len(request.prompt_token_ids)
+        return handle, stream
+
+    def deliver(self, outputs: StepOutputs) -> None:
+        """Hand a step's news to the streams. Requests unknown here were aborted: ignored."""
+        by_handle = self._by_handle
+        for handle, token_id in zip(outputs.handles, outputs.token_ids, strict=True):
+            stream = by_handle.get(handle)
+            if stream is not None:
+                stream.push_token(token_id)
+        for output in outputs.details:
+            stream = by_handle.get(self._handle_of.get(output.request_id, 0))
+            if stream is not None:
+                self._leave_queue(output.request_id)
+                stream.push(output)
+                if stream.done:
+                    self._forget(stream)
+            if output.record is not None:
+                self._on_end(output.record)
+
+    def replays(self) -> Iterable[tuple[int, GenerateRequest]]:
+        """What to submit to a restarted engine. Fails requests that seem to kill engines."""
+        for handle, stream in list(self._by_handle.items()):
+            if stream.request_id not in self._queued:
+                stream.deaths += 1
+            if stream.deaths >= MAX_DEATHS:
+                self._lose(
+                    stream, EngineError("The engine died repeatedly while computing this request.")
+                )
+                continue
+            sampling = stream.request.sampling
+            if stream.received:
+                sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+            yield (
+                handle,
+                msgspec.structs.replace(
+                    stream.request, sampling=sampling, resume_token_ids=list(stream.received)
+                ),
+            )
+
+    def fail_all(self, error: HeadraceError) -> None:
+        for stream in list(self._by_handle.values()):
+            self._lose(stream, error)
+
+    def abort_all(self) -> None:
+        for stream in list(self._by_handle.values()):
+            stream.abort()
+
+    def _abort(self, stream: LiveStream) -> None:
+        """The reader has left: nothing more is delivered, the engine frees the blocks."""
+        stream.end_unfinished()
+        self._forget(stream)
+        self._on_abort(stream.request_id)
+
+    def _lose(self, stream: LiveStream, error: HeadraceError) -> None:
+        self._forget(stream)
+        stream.fail(error)
+        request = stream.request
+        now = time.monotonic()
+        self._on_end(
+            RequestRecord(
+                request_id=request.request_id,
+                finish_reason=FinishReason.ERROR,
+                prompt_tokens=len(request.prompt_token_ids),
+                output_tokens=len(stream.received),
+                cached_tokens=0,
+                preemptions=0,
+                arrival_time=request.arrival_time,
+                scheduled_time=0.0,
+                first_token_time=0.0,
+                finished_time=now,
+                tenant=request.tenant,
+                max_tokens=request.sampling.max_tokens,
+            )
+        )
+
+    def _forget(self, stream: LiveStream) -> None:
+        handle = self._handle_of.pop(stream.request_id, None)
+        if handle is not None:
+            del self._by_handle[handle]
+        self._leave_queue(stream.request_id)
+
+    def _leave_queue(self, request_id: str) -> None:
+        self._queued_tokens -= self._queued.pop(request_id, 0)
+
+    def observe_prefill_rate(self, tokens_per_second: float) -> None:
+        """The speed at which queued prompts are worked off; feeds Retry-After."""
+        self._prefill_rate += 0.1 * (tokens_per_second - self._prefill_rate)
+
+    def _check_queue(self, num_prompt_tokens: int) -> None:
+        limits = self._limits
+        if len(self._queued) >= limits.max_queued_requests:
+            what = f"{len(self._queued)} requests are waiting (limit {limits.max_queued_requests})"
+        elif self._queued and self._queued_tokens + num_prompt_tokens > limits.max_queued_tokens:
+            what = (
+                f"{self._queued_tokens} prompt tokens are waiting "
+                f"(limit {limits.max_queued_tokens})"
+            )
+        else:
+            return
+        wait = self._queued_tokens / self._prefill_rate if self._prefill_rate > 0 else 1.0
+        raise OverloadedError(
+            f"The server is overloaded: {what}. Retry later.",
+            retry_after=min(max(wait, 1.0), 60.0),
+        )
+
+
+def _check(request: GenerateRequest, info: ModelInfo) -> None:
+    """Lengths and token ids that this model cannot take."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    if num_prompt_tokens == 0:
+        raise InvalidRequestError("The prompt is empty: it has no tokens.", param="prompt")
+    if num_prompt_tokens >= info.max_model_len:
+        raise ContextLengthExceededError(
+            f"The prompt has {num_prompt_tokens} tokens, and the model's context of "
+            f"{info.max_model_len} tokens must hold it and at least one output token. "
+            "Shorten the prompt.",
+            param="messages",
+        )
+    if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= info.vocab_size:
+        raise InvalidRequestError(
+            f"prompt holds token ids outside [0, {info.vocab_size - 1}].", param="prompt"
+        )
+    sampling = request.sampling
+    for name, ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", tuple(sampling.logit_bias or ())),
+    ):
+        unknown = [token_id for token_id in ids if not 0 <= token_id < info.vocab_size]
+        if unknown:
+            raise InvalidRequestError(
+                f"{name} names token {unknown[0]}, but the vocabulary is "
+                f"[0, {info.vocab_size - 1}].",
+                param=name,
+            )

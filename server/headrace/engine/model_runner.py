@@ -1,0 +1,126 @@
+"""Owns the device: weights, KV tensors, one forward pass and sampling per ScheduledBatch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.reference.sampling import prompt_logprobs
+
+from headrace.engine.batch import ModelInput, ScheduledBatch, StepResult, build_model_input
+from headrace.engine.client import TokenLogprobs
+from headrace.engine.request import RunningRequests
+from headrace.engine.sampler import Sampler
+from headrace.engine.sampling_batch import sampling_columns
+from headrace.models.base import CausalLM
+
+logger = logging.getLogger(__name__)
+
+LOGITS_CHUNK = 256
+"""Rows of logits made at a time: [256, V] fp32 is 50 MB at V = 49k, 155 MB at V = 152k."""
+
+
+class ModelRunner:
+    """Runs ScheduledBatches on one device. Not thread-safe; one step at a time."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        running: RunningRequests,
+        *,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        kv_dtype: torch.dtype,
+        pad_to: int = 8,
+    ) -> None:
+        self._model = model
+        self._running = running
+        self._block_size = block_size
+        self._device = device
+        self._pad_to = pad_to
+        self._sampler = Sampler()
+        config = model.config
+        # All layers of a block are contiguous: one copy swaps or sends a block. `empty` commits
+        # memory only as blocks are first written.
+        self._kv_cache = torch.empty(
+            (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim),
+            dtype=kv_dtype,
+            device=device,
+        )
+        self._kv_layers = [self._kv_cache[:, layer] for layer in range(config.num_layers)]
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """One forward pass over the batch and a token for each row that reached its end."""
+        model_input = build_model_input(
+            batch, self._running, block_size=self._block_size, pad_to=self._pad_to
+        )
+        hidden = self._forward(model_input)
+        rows = batch.rows[batch.samples]
+        sampled: list[np.ndarray] = []
+        logprobs: dict[int, TokenLogprobs] = {}
+        for start in range(0, len(rows), LOGITS_CHUNK):
+            chunk = slice(start, start + LOGITS_CHUNK)
+            indices = self._to_device(model_input.logit_indices[chunk])
+            logits = self._model.compute_logits(hidden[indices])
+            tokens = self._sampler.sample(logits, sampling_columns(self._running, rows[chunk]))
+            sampled.append(tokens.token_ids)
+            for index, (own, top_ids, top) in tokens.logprobs.items():
+                logprobs[int(rows[start + index])] = TokenLogprobs(own, top_ids, top)
+        return StepResult(
+            token_ids=np.concatenate(sampled) if sampled else np.empty(0, np.int64),
+            logprobs=logprobs,
+            prompt_logprobs=dict(self._prompt_logprobs(batch, hidden)),
+        )
+
+    def _forward(self, model_input: ModelInput) -> torch.Tensor:
+        metadata = AttentionMetadata.build(
+            query_lens=model_input.query_lens,
+            seq_lens=model_input.seq_lens,
+            block_table=model_input.block_table,
+            slot_mapping=model_input.slot_mapping,
+            device=self._device,
+        )
+        return self._model(
+            self._to_device(model_input.token_ids),
+            self._to_device(model_input.positions),
+            self._kv_layers,
+            metadata,
+        )
+
+    def _prompt_logprobs(
+        self, batch: ScheduledBatch, hidden: torch.Tensor
+    ) -> Iterator[tuple[int, list[TokenLogprobs]]]:
+        """For each row that wants them: the tokens of its prompt that this chunk predicts."""
+        running = self._running
+        if not running.with_prompt_logprobs:
+            return
+        ends = np.cumsum(batch.num_scheduled)
+        for index, row in enumerate(batch.rows.tolist()):
+            if row not in running.with_prompt_logprobs:
+                continue
+            first = int(running.num_computed_tokens[row]) + 1
+            end = min(
+                first + int(batch.num_scheduled[index]), int(running.num_prompt_tokens[row])
+            )
+            offset = int(ends[index] - batch.num_scheduled[index])
+            count = running.request(row).sampling.prompt_logprobs or 0
+            entries: list[TokenLogprobs] = []
+            for start in range(first, end, LOGITS_CHUNK):
+                stop = min(start + LOGITS_CHUNK, end)
+                begin = offset + start - first
+                logits = self._model.compute_logits(hidden[begin : begin + stop - start])
+                targets = self._to_device(running.token_ids[row, start:stop].astype(np.int64))
+                own, top_ids, top = prompt_logprobs(logits, targets, count)
+                entries.extend(
+                    TokenLogprobs(*entry)
+                    for entry in zip(own.tolist(), top_ids.tolist(), top.tolist(), strict=True)
+                )
+            yield row, entries
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -1,0 +1,208 @@
+"""One sequence as the engine sees it, and the columns in which the running ones live.
+
+A waiting request is a Python object. A running one also owns a row of `RunningRequests`: numpy
+columns, so that a step over hundreds of decoding rows is a handful of array operations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.engine.client import FinishReason, RequestRecord, TokenLogprobs
+from headrace.sampling_params import GenerateRequest, SamplingParams
+
+IntArray = NDArray[np.int32]
+LongArray = NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A sequence from arrival to its `RequestRecord`. Outlives preemptions."""
+
+    source: GenerateRequest
+    handle: int
+    """A small integer that names the request on the wire while it lives."""
+    arrival_number: int
+    token_ids: IntArray
+    """[num_tokens]: prompt and output so far; current only while the request holds no row."""
+    num_prompt_tokens: int
+    max_total_tokens: int
+    """Prompt plus output at which generation ends with reason `length`."""
+    seed: int
+    stop_token_ids: frozenset[int]
+    """Tokens that end generation: the request's own and, unless ignore_eos, the model's."""
+    row: int = -1
+    """Its row in RunningRequests, or -1 while waiting."""
+    num_cached_tokens: int = 0
+    preemptions: int = 0
+    scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hash of each full block of `token_ids` so far; survives preemption."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """Filled chunk by chunk; sent with the first token."""
+    prompt_logprobs_sent: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return self.source.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.source.sampling
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None and not self.prompt_logprobs_sent
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller runs first and is preempted last."""
+        return (self.source.priority, self.arrival_number)
+
+    def record(self, reason: FinishReason, num_tokens: int) -> RequestRecord:
+        """The request's final account; `num_tokens` counts prompt and output."""
+        return RequestRecord(
+            request_id=self.request_id,
+            finish_reason=reason,
+            prompt_tokens=self.num_prompt_tokens,
+            output_tokens=num_tokens - self.num_prompt_tokens,
+            cached_tokens=self.num_cached_tokens,
+            preemptions=self.preemptions,
+            arrival_time=self.source.arrival_time,
+            scheduled_time=self.scheduled_time,
+            first_token_time=self.first_token_time,
+            finished_time=time.monotonic(),
+            tenant=self.source.tenant,
+            max_tokens=self.sampling.max_tokens,
+        )
+
+
+class RunningRequests:
+    """The running requests in columns. Row r of every array describes the same request.
+
+    Rows are handed out by `add` and come back by `remove`; only rows where `active` is set hold
+    meaningful values. Big columns are lazily committed memory.
+    """
+
+    def __init__(
+        self, capacity: int, max_model_len: int, block_size: int, eos_token_ids: Collection[int]
+    ) -> None:
+        rows = capacity
+        self.capacity = capacity
+        self.max_model_len = max_model_len
+        self.requests: list[Request | None] = [None] * rows
+        self.active = np.zeros(rows, np.bool_)
+        self.num_active = 0
+        self.handles = np.zeros(rows, np.int64)
+        self.token_ids: IntArray = np.zeros((rows, max_model_len), np.int32)
+        self.num_tokens: IntArray = np.zeros(rows, np.int32)
+        self.num_prompt_tokens: IntArray = np.zeros(rows, np.int32)
+        self.num_computed_tokens: IntArray = np.zeros(rows, np.int32)
+        self.max_total_tokens: IntArray = np.zeros(rows, np.int32)
+        self.block_table: IntArray = np.zeros((rows, -(-max_model_len // block_size)), np.int32)
+        self.num_blocks: IntArray = np.zeros(rows, np.int32)
+
+        self.temperature = np.zeros(rows, np.float32)
+        self.top_k: IntArray = np.zeros(rows, np.int32)
+        self.top_p = np.zeros(rows, np.float32)
+        self.min_p = np.zeros(rows, np.float32)
+        self.presence_penalty = np.zeros(rows, np.float32)
+        self.frequency_penalty = np.zeros(rows, np.float32)
+        self.repetition_penalty = np.zeros(rows, np.float32)
+        self.seed: LongArray = np.zeros(rows, np.int64)
+        self.num_logprobs: IntArray = np.zeros(rows, np.int32)
+        self.stops_at_eos = np.zeros(rows, np.bool_)
+
+        # Rows that need more than columns can say; empty sets cost an all-default step nothing.
+        self.penalized: set[int] = set()
+        self.biased: set[int] = set()
+        self.with_min_tokens: set[int] = set()
+        self.with_stop_tokens: set[int] = set()
+        self.with_prompt_logprobs: set[int] = set()
+        self._side_sets = (
+            self.penalized,
+            self.biased,
+            self.with_min_tokens,
+            self.with_stop_tokens,
+            self.with_prompt_logprobs,
+        )
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._free_rows = list(range(rows - 1, -1, -1))
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self._free_rows)
+
+    def rows(self) -> LongArray:
+        """Active rows, ascending."""
+        return np.flatnonzero(self.active)
+
+    def request(self, row: int) -> Request:
+        request = self.requests[row]
+        assert request is not None, f"row {row} holds no request"
+        return request
+
+    def add(self, request: Request) -> int:
+        """Give `request` a row and copy what a step needs into the columns. Blocks come later."""
+        row = self._free_rows.pop()
+        sampling = request.sampling
+        self.requests[row] = request
+        self.active[row] = True
+        self.num_active += 1
+        self.handles[row] = request.handle
+        num_tokens = len(request.token_ids)
+        self.token_ids[row, :num_tokens] = request.token_ids
+        self.num_tokens[row] = num_tokens
+        self.num_prompt_tokens[row] = request.num_prompt_tokens
+        self.num_computed_tokens[row] = 0
+        self.max_total_tokens[row] = request.max_total_tokens
+        self.num_blocks[row] = 0
+        self.temperature[row] = sampling.temperature
+        self.top_k[row] = max(sampling.top_k, 0)
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
+        self.presence_penalty[row] = sampling.presence_penalty
+        self.frequency_penalty[row] = sampling.frequency_penalty
+        self.repetition_penalty[row] = sampling.repetition_penalty
+        self.seed[row] = request.seed
+        self.num_logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.stops_at_eos[row] = not sampling.ignore_eos
+        self._note_rarities(row, request)
+        request.row = row
+        return row
+
+    def remove(self, row: int) -> Request:
+        """Take the row back; its tokens return to the request. Its blocks must be free already."""
+        request = self.request(row)
+        request.token_ids = self.token_ids[row, : self.num_tokens[row]].copy()
+        request.row = -1
+        self.requests[row] = None
+        self.active[row] = False
+        self.num_active -= 1
+        for rows in self._side_sets:
+            rows.discard(row)
+        self._free_rows.append(row)
+        return request
+
+    def _note_rarities(self, row: int, request: Request) -> None:
+        sampling = request.sampling
+        if (
+            sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sampling.repetition_penalty != 1.0
+        ):
+            self.penalized.add(row)
+        if sampling.logit_bias:
+            self.biased.add(row)
+        if sampling.min_tokens:
+            self.with_min_tokens.add(row)
+        if request.stop_token_ids - self._eos_token_ids:
+            self.with_stop_tokens.add(row)
+        if request.wants_prompt_logprobs:
+            self.with_prompt_logprobs.add(row)

@@ -1,0 +1,152 @@
+"""From a batch's logits and its requests' sampling columns to token ids and log-probabilities.
+
+Owns the translation of per-request extras (penalties, logit_bias, banned tokens) into batched ops
+and the one copy from device to host. Knows no request objects and no scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from headrace_kernels.ops import sampling as ops
+
+FloatColumn = npt.NDArray[np.float32]
+IntColumn = npt.NDArray[np.int32]
+LongColumn = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.integer]
+
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are no distribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How to sample R rows: one numpy column a parameter, and mappings for the few rows with more.
+
+    Token ids must lie in the vocabulary.
+    """
+
+    temperature: FloatColumn
+    """0 is greedy."""
+    top_k: IntColumn
+    """0 is no limit."""
+    top_p: FloatColumn
+    min_p: FloatColumn
+    presence: FloatColumn
+    frequency: FloatColumn
+    repetition: FloatColumn
+    seed: LongColumn
+    position: LongColumn
+    """The position in the sequence that the new token will have."""
+    num_logprobs: IntColumn
+    """-1: none; 0: of the sampled token; k: also of the k most likely tokens, at most 20."""
+    penalized: Mapping[int, tuple[TokenIds, TokenIds]] = field(default_factory=dict)
+    """Row -> (prompt ids, output ids). The penalties of other rows are ignored."""
+    logit_bias: Mapping[int, tuple[TokenIds, FloatColumn]] = field(default_factory=dict)
+    """Row -> (distinct ids, what to add to their logits)."""
+    banned: Mapping[int, TokenIds] = field(default_factory=dict)
+    """Row -> ids that cannot be sampled now: the end tokens before min_tokens."""
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """What was sampled, on the host."""
+
+    token_ids: LongColumn
+    """[R]; NO_TOKEN for a row with NaN or +inf logits, or whose tokens are all banned."""
+    logprobs: Mapping[int, tuple[float, list[int], list[float]]]
+    """Row -> (the token's log-probability, the most likely tokens best first, theirs), for the
+    rows that asked and have a token; of the model's own distribution, before all else."""
+
+
+class Sampler:
+    """Stateless: the same batch gives the same tokens, however it is composed."""
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        """Sample one token for each row of logits [R, V] float32, which are not modified.
+
+        A row's result depends on that row only. Raises ValueError when the shapes disagree.
+        """
+        tokens = ops.sample_tokens(
+            _adjusted(logits, batch),
+            temperature=torch.from_numpy(batch.temperature),
+            top_k=torch.from_numpy(batch.top_k),
+            top_p=torch.from_numpy(batch.top_p),
+            min_p=torch.from_numpy(batch.min_p),
+            seeds=torch.from_numpy(batch.seed),
+            positions=torch.from_numpy(batch.position),
+        )
+        token_ids = tokens.cpu().numpy()
+        return SampledTokens(token_ids, _logprobs(logits, token_ids, batch.num_logprobs))
+
+
+def _adjusted(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The logits after penalties, then bias, then bans: a copy, if any row has one of them."""
+    if not (batch.penalized or batch.logit_bias or batch.banned):
+        return logits
+    logits = logits.clone()
+    if batch.penalized:
+        _penalize(logits, batch)
+    if batch.logit_bias:
+        rows, ids = _pairs({row: ids for row, (ids, _) in batch.logit_bias.items()})
+        values = np.concatenate([values for _, values in batch.logit_bias.values()])
+        at = (rows.to(logits.device), ids.to(logits.device))
+        logits[at] += torch.from_numpy(values).to(logits)
+    if batch.banned:
+        rows, ids = _pairs(batch.banned)
+        logits[rows.to(logits.device), ids.to(logits.device)] = -torch.inf
+    return logits
+
+
+def _penalize(logits: Tensor, batch: SamplingBatch) -> None:
+    seen: dict[int, LongColumn] = {}
+    counts: list[LongColumn] = []
+    for row, (prompt_ids, output_ids) in batch.penalized.items():
+        ids, inverse = np.unique(np.concatenate((output_ids, prompt_ids)), return_inverse=True)
+        seen[row] = ids
+        counts.append(np.bincount(inverse[: len(output_ids)], minlength=len(ids)))
+    rows, ids = _pairs(seen)
+    ops.apply_penalties(
+        logits,
+        rows=rows.to(logits.device),
+        token_ids=ids.to(logits.device),
+        output_counts=torch.from_numpy(np.concatenate(counts)).to(logits.device),
+        presence=torch.from_numpy(batch.presence)[rows].to(logits.device),
+        frequency=torch.from_numpy(batch.frequency)[rows].to(logits.device),
+        repetition=torch.from_numpy(batch.repetition)[rows].to(logits.device),
+    )
+
+
+def _pairs(ids_of_row: Mapping[int, TokenIds]) -> tuple[Tensor, Tensor]:
+    """One flat (row, token id) pair for each id, int64 on the host."""
+    lengths = [len(ids) for ids in ids_of_row.values()]
+    rows = np.repeat(np.fromiter(ids_of_row, np.int64, len(lengths)), lengths)
+    ids = np.concatenate(list(ids_of_row.values())).astype(np.int64)
+    return torch.from_numpy(rows), torch.from_numpy(ids)
+
+
+def _logprobs(
+    logits: Tensor, token_ids: LongColumn, num_logprobs: IntColumn
+) -> dict[int, tuple[float, list[int], list[float]]]:
+    rows = np.flatnonzero((num_logprobs >= 0) & (token_ids != NO_TOKEN))
+    if len(rows) == 0:
+        return {}
+    wanted = num_logprobs[rows]
+    chosen, top_ids, top = ops.token_logprobs(
+        logits[torch.from_numpy(rows).to(logits.device)],
+        torch.from_numpy(token_ids[rows]).to(logits.device),
+        int(wanted.max()),
+    )
+    columns = zip(
+        rows.tolist(), wanted.tolist(), chosen.tolist(), top_ids.tolist(), top.tolist(), strict=True
+    )
+    return {row: (logprob, ids[:k], values[:k]) for row, k, logprob, ids, values in columns}

@@ -1,0 +1,53 @@
+"""The sampling parameters of a step's rows, cut out of the running requests' columns. No tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from headrace.engine.request import LongArray, RunningRequests
+from headrace.engine.sampler import SamplingBatch
+
+
+def sampling_columns(running: RunningRequests, rows: LongArray) -> SamplingBatch:
+    """What the sampler needs for `rows`; Python touches only rows with more than columns."""
+    return SamplingBatch(
+        temperature=running.temperature[rows],
+        top_k=running.top_k[rows],
+        top_p=running.top_p[rows],
+        min_p=running.min_p[rows],
+        presence=running.presence_penalty[rows],
+        frequency=running.frequency_penalty[rows],
+        repetition=running.repetition_penalty[rows],
+        seed=running.seed[rows],
+        position=running.num_tokens[rows].astype(np.int64),
+        num_logprobs=running.num_logprobs[rows],
+        **_rarities(running, rows),
+    )
+
+
+def _rarities(running: RunningRequests, rows: LongArray) -> dict[str, dict[int, Any]]:
+    """The SamplingBatch fields that only few rows have, by index into `rows`."""
+    if not (running.penalized or running.biased or running.with_min_tokens):
+        return {}
+    index_of = {row: index for index, row in enumerate(rows.tolist())}
+    penalized = {}
+    for row in running.penalized & index_of.keys():
+        prompt_end, end = int(running.num_prompt_tokens[row]), int(running.num_tokens[row])
+        tokens = running.token_ids[row]
+        penalized[index_of[row]] = (tokens[:prompt_end], tokens[prompt_end:end])
+    logit_bias = {}
+    for row in running.biased & index_of.keys():
+        bias = running.request(row).sampling.logit_bias or {}
+        logit_bias[index_of[row]] = (
+            np.fromiter(bias.keys(), np.int64, len(bias)),
+            np.fromiter(bias.values(), np.float32, len(bias)),
+        )
+    banned = {}
+    for row in running.with_min_tokens & index_of.keys():
+        request = running.request(row)
+        num_output_tokens = int(running.num_tokens[row]) - request.num_prompt_tokens
+        if num_output_tokens < request.sampling.min_tokens:
+            banned[index_of[row]] = np.fromiter(request.stop_token_ids, np.int64)
+    return {"penalized": penalized, "logit_bias": logit_bias, "banned": banned}

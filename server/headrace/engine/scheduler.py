@@ -1,0 +1,330 @@
+"""Decides what each step computes, and files what it found. A pure CPU object without tensors.
+
+There is no prefill or decode here: a request's num_computed_tokens catches up with its num_tokens
+under a token budget, and a request that has caught up gets a new token.
+"""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+import time
+from collections.abc import Collection
+
+import numpy as np
+
+from headrace.engine.batch import ScheduledBatch, StepResult
+from headrace.engine.client import FinishReason, RequestOutput, TokenLogprobs
+from headrace.engine.kv_cache import KVCacheManager
+from headrace.engine.request import IntArray, LongArray, Request, RunningRequests
+from headrace.engine.wire import StepOutputs
+from headrace.sampling_params import GenerateRequest
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, prefix caching, priorities and preemption.
+
+    Order is (priority, arrival): smaller runs first. When a row needs a block and none is free,
+    the running request that is last in that order gives its blocks up and is computed again later.
+    """
+
+    def __init__(
+        self,
+        running: RunningRequests,
+        kv_cache: KVCacheManager,
+        *,
+        max_num_batched_tokens: int,
+        eos_token_ids: Collection[int],
+    ) -> None:
+        assert max_num_batched_tokens >= running.capacity, "every row must get a token a step"
+        self.running = running
+        self.kv_cache = kv_cache
+        self.num_preemptions = 0
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_array = np.array(sorted(eos_token_ids), np.int64)
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._requests: dict[str, Request] = {}
+        self._arrivals = 0
+        self._finished: list[RequestOutput] = []
+        """Ends decided outside `update` (deadlines), to go out with the next step."""
+
+    # --- arrivals and departures ------------------------------------------------------------
+
+    def add(self, source: GenerateRequest, handle: int) -> None:
+        """Queue a request whose lengths the client has checked."""
+        sampling = source.sampling
+        num_prompt_tokens = len(source.prompt_token_ids)
+        room = self.running.max_model_len - num_prompt_tokens
+        assert num_prompt_tokens > 0 and room > 0, "the client checks lengths"
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        request = Request(
+            source=source,
+            handle=handle,
+            arrival_number=self._arrivals,
+            token_ids=np.array(source.prompt_token_ids + source.resume_token_ids, np.int32),
+            num_prompt_tokens=num_prompt_tokens,
+            max_total_tokens=num_prompt_tokens + max_tokens,
+            seed=seed,
+            stop_token_ids=eos.union(sampling.stop_token_ids),
+        )
+        self._arrivals += 1
+        self._requests[source.request_id] = request
+        heapq.heappush(self._waiting, (request.order, request))
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Free everything the request holds, now. None if it is unknown or has ended."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._end(request, FinishReason.ABORT)
+
+    @property
+    def num_running(self) -> int:
+        return self.running.num_active
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._requests) - self.running.num_active
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests or self._finished)
+
+    # --- schedule ---------------------------------------------------------------------------
+
+    def schedule(self) -> ScheduledBatch:
+        """The next step's work; may be empty. Running rows first, then arrivals in order."""
+        running = self.running
+        rows = running.rows()
+        num_scheduled = self._share_budget(rows)
+        preempted = self._grow(rows, num_scheduled)
+        if preempted:
+            still = running.active[rows]
+            rows, num_scheduled = rows[still], num_scheduled[still]
+        elif self._waiting and running.has_room:
+            rows, num_scheduled = self._admit(rows, num_scheduled)
+        reached = running.num_computed_tokens[rows] + num_scheduled
+        return ScheduledBatch(
+            rows=rows,
+            num_scheduled=num_scheduled,
+            samples=reached == running.num_tokens[rows],
+            num_tokens=int(num_scheduled.sum()),
+        )
+
+    def _share_budget(self, rows: LongArray) -> IntArray:
+        """[R] one token for each row, and what is left of the budget to prompts in order."""
+        wanted = self.running.num_tokens[rows] - self.running.num_computed_tokens[rows]
+        num_scheduled = np.minimum(wanted, 1)
+        budget = self._max_num_batched_tokens - len(rows)
+        prompts = np.flatnonzero(wanted > 1).tolist()
+        for index in sorted(prompts, key=lambda i: self.running.request(int(rows[i])).order):
+            extra = min(int(wanted[index]) - 1, budget)
+            num_scheduled[index] += extra
+            budget -= extra
+        return num_scheduled
+
+    def _grow(self, rows: LongArray, num_scheduled: IntArray) -> bool:
+        """Give each row the blocks its scheduled tokens need; True if that preempted any row."""
+        running = self.running
+        target = running.num_computed_tokens[rows] + num_scheduled
+        short = np.flatnonzero(target > running.num_blocks[rows] * self.kv_cache.block_size)
+        preempted = False
+        for index in short.tolist():
+            row = int(rows[index])
+            while (
+                running.active[row] and self.kv_cache.allocate(row, int(target[index])) is None
+            ):
+                self._preempt_last()
+                preempted = True
+        return preempted
+
+    def _preempt_last(self) -> None:
+        victim = max(
+            (self.running.request(row) for row in self.running.rows().tolist()),
+            key=lambda request: request.order,
+        )
+        self.kv_cache.free(victim.row)
+        self.running.remove(victim.row)
+        victim.preemptions += 1
+        self.num_preemptions += 1
+        heapq.heappush(self._waiting, (victim.order, victim))
+
+    def _admit(self, rows: LongArray, num_scheduled: IntArray) -> tuple[LongArray, IntArray]:
+        """Start waiting requests while rows, budget and blocks last, strictly in order."""
+        running = self.running
+        budget = self._max_num_batched_tokens - int(num_scheduled.sum())
+        new_rows: list[int] = []
+        new_counts: list[int] = []
+        now = time.monotonic()
+        while self._waiting and budget > 0 and running.has_room:
+            request = self._waiting[0][1]
+            if self._requests.get(request.request_id) is not request:
+                heapq.heappop(self._waiting)  # it was aborted while it waited
+                continue
+            deadline = request.source.deadline
+            if deadline is not None and deadline < now:
+                self._finished.append(self._end(request, FinishReason.DEADLINE))
+                continue
+            if not self._place(request):
+                break
+            heapq.heappop(self._waiting)
+            row = request.row
+            if not request.scheduled_time:
+                request.scheduled_time = now
+            remaining = int(running.num_tokens[row] - running.num_computed_tokens[row])
+            new_rows.append(row)
+            new_counts.append(min(remaining, budget))
+            budget -= new_counts[-1]
+        if not new_rows:
+            return rows, num_scheduled
+        rows = np.concatenate([rows, np.array(new_rows, np.int64)])
+        num_scheduled = np.concatenate([num_scheduled, np.array(new_counts, np.int32)])
+        ascending = np.argsort(rows)
+        return rows[ascending], num_scheduled[ascending]
+
+    def _place(self, request: Request) -> bool:
+        """Move a waiting request into a row with blocks for all its tokens; False if no room."""
+        hit = self.kv_cache.find_prefix(request)
+        num_tokens = len(request.token_ids)
+        row = self.running.add(request)
+        # One block is left for each row that runs already, or admitting would soon preempt.
+        reserve = self.running.num_active - 1
+        if self.kv_cache.allocate(row, num_tokens, shared=hit, reserve=reserve) is None:
+            self.running.remove(row)
+            return False
+        num_hit_tokens = len(hit) * self.kv_cache.block_size
+        self.running.num_computed_tokens[row] = num_hit_tokens
+        if request.preemptions == 0:
+            request.num_cached_tokens = min(num_hit_tokens, request.num_prompt_tokens)
+            self.kv_cache.count_lookup(num_tokens, num_hit_tokens)
+        return True
+
+    # --- update -----------------------------------------------------------------------------
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> StepOutputs:
+        """File the step: advance rows, append sampled tokens, end what has ended."""
+        running = self.running
+        before = running.num_computed_tokens[batch.rows]
+        after = before + batch.num_scheduled
+        running.num_computed_tokens[batch.rows] = after
+        self._commit_full_blocks(batch.rows, before, after)
+        self._keep_prompt_logprobs(batch, before, result)
+
+        rows, tokens = batch.rows[batch.samples], result.token_ids
+        ends = running.num_tokens[rows]
+        failed = tokens < 0
+        running.token_ids[rows, np.minimum(ends, running.max_model_len - 1)] = tokens
+        running.num_tokens[rows] = ends + ~failed
+        stopped, full = self._ending(rows, tokens)
+        rare = failed | stopped | full | (running.num_logprobs[rows] >= 0)
+        rare |= ends == running.num_prompt_tokens[rows]  # first tokens carry times
+        plain = ~rare
+        outputs = StepOutputs(
+            handles=running.handles[rows[plain]].tolist(),
+            token_ids=tokens[plain].tolist(),
+            details=self._finished,
+        )
+        self._finished = []
+        for index in np.flatnonzero(rare).tolist():
+            row, token = int(rows[index]), int(tokens[index])
+            reason = (
+                FinishReason.ERROR
+                if failed[index]
+                else FinishReason.STOP
+                if stopped[index]
+                else FinishReason.LENGTH
+                if full[index]
+                else None
+            )
+            outputs.details.append(self._detail(row, token, reason, result))
+        return outputs
+
+    def _commit_full_blocks(self, rows: LongArray, before: IntArray, after: IntArray) -> None:
+        size = self.kv_cache.block_size
+        for index in np.flatnonzero(before // size != after // size).tolist():
+            self.kv_cache.commit(int(rows[index]), int(before[index]), int(after[index]))
+
+    def _keep_prompt_logprobs(
+        self, batch: ScheduledBatch, before: IntArray, result: StepResult
+    ) -> None:
+        starts = dict(zip(batch.rows.tolist(), before.tolist(), strict=True))
+        for row, entries in result.prompt_logprobs.items():
+            request = self.running.request(row)
+            if request.prompt_logprobs is None:
+                request.prompt_logprobs = [None]
+            # A chunk that starts at s predicts tokens s+1, s+2, ...; after a preemption the
+            # same ones are predicted again.
+            del request.prompt_logprobs[starts[row] + 1 :]
+            request.prompt_logprobs.extend(entries)
+
+    def _ending(self, rows: LongArray, tokens: LongArray) -> tuple[np.ndarray, np.ndarray]:
+        """([S] bool stopped by a token, [S] bool out of length)"""
+        running = self.running
+        stopped = running.stops_at_eos[rows] & np.isin(tokens, self._eos_array)
+        if running.with_stop_tokens:
+            for index in np.flatnonzero(
+                np.isin(rows, np.fromiter(running.with_stop_tokens, np.int64))
+            ).tolist():
+                request = running.request(int(rows[index]))
+                stopped[index] |= int(tokens[index]) in request.stop_token_ids
+        return stopped, running.num_tokens[rows] >= running.max_total_tokens[rows]
+
+    def _detail(
+        self, row: int, token: int, reason: FinishReason | None, result: StepResult
+    ) -> RequestOutput:
+        request = self.running.request(row)
+        now = time.monotonic()
+        if not request.first_token_time:
+            request.first_token_time = now
+        logprobs = result.logprobs.get(row)
+        prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if request.prompt_logprobs is not None:
+            prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+            request.prompt_logprobs_sent = True
+            self.running.with_prompt_logprobs.discard(row)
+        failed = reason is FinishReason.ERROR
+        record = None
+        if reason is not None:
+            self._release(request)
+            record = request.record(reason, len(request.token_ids))
+        return RequestOutput(
+            request_id=request.request_id,
+            token_ids=[] if failed else [token],
+            logprobs=None if logprobs is None or failed else [logprobs],
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_token_id=token if reason is FinishReason.STOP else None,
+            error="The model produced logits that are not numbers." if failed else None,
+            record=record,
+        )
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
+        self._release(request)
+        return RequestOutput(
+            request_id=request.request_id,
+            finish_reason=reason,
+            record=request.record(reason, len(request.token_ids)),
+        )
+
+    def _release(self, request: Request) -> None:
+        """Forget a request. If it waits, its heap entry is skipped when it comes up."""
+        del self._requests[request.request_id]
+        if request.row >= 0:
+            self.kv_cache.free(request.row)
+            self.running.remove(request.row)
+
+    def check_invariants(self) -> None:
+        """Nothing leaked, nothing lost; raises AssertionError. Every engine test calls it."""
+        self.kv_cache.check_invariants()
+        running = self.running
+        for row in running.rows().tolist():
+            request = running.request(row)
+            assert request.row == row, f"row {row} and its request disagree"
+            assert self._requests.get(request.request_id) is request, f"row {row} is a ghost"
+            assert running.num_computed_tokens[row] < running.num_tokens[row], f"row {row} idles"
+        waiting = {id(request) for _, request in self._waiting}
+        for request in self._requests.values():
+            assert request.row >= 0 or id(request) in waiting, f"{request.request_id} is lost"
+        if not self._requests:
+            assert self.kv_cache.num_used_blocks == 0, "blocks are held by nobody"

@@ -1,0 +1,1 @@
+"""The modules that model families are built from."""

@@ -1,0 +1,58 @@
+"""Linear layers, several of which may share one fused weight and one product."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from headrace.layers.weights import WeightSlots
+from headrace_kernels.kernel_set import KernelSet
+
+
+def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A parameter that is not initialized: it is read from a checkpoint."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """The concatenated outputs of one or more projections of the same input.
+
+    `parts` names the projections as the checkpoint does and gives their output sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: KernelSet,
+    ) -> None:
+        super().__init__()
+        self.parts = dict(parts)
+        self.out_features = sum(parts.values())
+        self.weight = parameter(self.out_features, in_features, dtype=dtype, device=device)
+        self.bias = parameter(self.out_features, dtype=dtype, device=device) if bias else None
+        self._linear = kernels.linear
+
+    def forward(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        """x: [T, in] -> [T, out], in the dtype of x unless `out_dtype` says otherwise."""
+        out = torch.empty(
+            (x.shape[0], self.out_features), dtype=out_dtype or x.dtype, device=x.device
+        )
+        self._linear(x, self.weight, self.bias, out)
+        return out
+
+    def weight_slots(self, prefix: str) -> WeightSlots:
+        slots: WeightSlots = {}
+        begin = 0
+        for name, size in self.parts.items():
+            slots[f"{prefix}.{name}.weight"] = self.weight[begin : begin + size]
+            if self.bias is not None:
+                slots[f"{prefix}.{name}.bias"] = self.bias[begin : begin + size]
+            begin += size
+        return slots

@@ -1,0 +1,39 @@
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467), in fp32, with and without the residual add."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from headrace.layers.linear import parameter
+from headrace.layers.weights import WeightSlots
+from headrace_kernels.kernel_set import KernelSet
+
+
+class RMSNorm(nn.Module):
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        out_dtype: torch.dtype,
+        device: torch.device,
+        kernels: KernelSet,
+    ) -> None:
+        super().__init__()
+        self.weight = parameter(size, dtype=torch.float32, device=device)
+        self.eps = eps
+        self.out_dtype = out_dtype
+        self._kernels = kernels
+
+    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
+        """Add x [T, E], if there is one, to residual [T, E] fp32 in place, and normalise that."""
+        out = torch.empty(residual.shape, dtype=self.out_dtype, device=residual.device)
+        if x is None:
+            self._kernels.rms_norm(residual, self.weight, self.eps, out)
+        else:
+            self._kernels.add_rms_norm(x, residual, self.weight, self.eps, out)
+        return out
+
+    def weight_slots(self, prefix: str) -> WeightSlots:
+        return {f"{prefix}.weight": self.weight}

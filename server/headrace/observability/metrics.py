@@ -1,0 +1,392 @@
+"""What the server counts: `Metrics` owns a registry of its own, fills the families of `families.py`
+from the engine's records and stats, and renders them for Prometheus.
+
+It must not know HTTP, the engine's insides or torch: records and stats are read structurally.
+Everything here is called from the event loop of the API process, never from an engine step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from headrace.observability.families import BY_NAME, FAMILIES, FINISH_REASONS, PREFIX, Family
+from headrace.observability.resources import ResourceCollector
+
+_HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_COMPLETED = frozenset(("stop", "length"))
+
+
+class Record(Protocol):
+    """The fields of engine.client.RequestRecord that metrics read; times are time.monotonic()
+    seconds, 0 for a stage that was never reached."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def arrival_time(self) -> float: ...
+    @property
+    def scheduled_time(self) -> float: ...
+    @property
+    def first_token_time(self) -> float: ...
+    @property
+    def finished_time(self) -> float: ...
+    @property
+    def max_tokens(self) -> int | None: ...
+
+
+class Stats(Protocol):
+    """The fields of engine.client.EngineStats that metrics read: gauges, and counters since the
+    engine started."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
+    @property
+    def prefix_query_tokens(self) -> int: ...
+    @property
+    def prefix_hit_tokens(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def step_tokens(self) -> int: ...
+
+
+class KVLayout(Protocol):
+    """The fields of engine.client.ModelInfo that metrics read."""
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+
+
+class Engine(Protocol):
+    """The part of engine.client.EngineClient that a scrape reads."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def info(self) -> KVLayout | None: ...
+    @property
+    def stats(self) -> Stats: ...
+    @property
+    def last_seen_age(self) -> float: ...
+    @property
+    def restarts(self) -> int: ...
+
+
+class Metrics:
+    """All metrics of one API process that serves one model.
+
+    Every accepted request ends in one `observe_request(record)`, and that alone counts it in full
+    but for inter-token latencies. Where its outputs are delivered, `meter = track(...)` and
+    `meter.tokens(n)` per output add those, and make the counters move while it runs.
+    """
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        self.registry: CollectorRegistry = _Registry()
+        self._families = {family.name: _build(family, self.registry) for family in _OBSERVED}
+        self.registry.register(ResourceCollector())
+        self.registry.register(_VllmAliases(self._families))
+        self._meters: dict[str, RequestMeter] = {}
+        self._engine: Engine | None = None
+        self._engine_counters = {
+            field: (_Resetting(), self._counter(name)) for field, name in _ENGINE_COUNTERS.items()
+        }
+        self._restarts = _Resetting()
+        self._bind_request_families()
+        self._bind_engine_families()
+
+    def _bind_request_families(self) -> None:
+        self._accepted = self._counter("requests_accepted_total")
+        self._finished = {r: self._counter("requests_finished_total", r) for r in FINISH_REASONS}
+        self._prompt_tokens = self._counter("prompt_tokens_total")
+        self._cached_tokens = self._counter("prompt_tokens_cached_total")
+        self.generation_tokens = self._counter("generation_tokens_total")
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds")
+        self.inter_token_latency = self._histogram("inter_token_latency_seconds")
+        self._per_output_token = self._histogram("request_time_per_output_token_seconds")
+        self._queue_time = self._histogram("request_queue_time_seconds")
+        self._prefill_time = self._histogram("request_prefill_time_seconds")
+        self._decode_time = self._histogram("request_decode_time_seconds")
+        self._inference_time = self._histogram("request_inference_time_seconds")
+        self._e2e_latency = self._histogram("e2e_request_latency_seconds")
+        self._request_prompt = self._histogram("request_prompt_tokens")
+        self._request_generation = self._histogram("request_generation_tokens")
+        self._request_max_tokens = self._histogram("request_max_tokens")
+        self._request_preemptions = self._histogram("request_preemptions")
+
+    def _bind_engine_families(self) -> None:
+        self._running = self._gauge("requests_running")
+        self._waiting = self._gauge("requests_waiting")
+        self._kv_usage = self._gauge("kv_cache_usage_ratio")
+        self._kv_used = self._gauge("kv_cache_blocks", "used")
+        self._kv_free = self._gauge("kv_cache_blocks", "free")
+        self._iteration_tokens = self._histogram("iteration_tokens")
+        self._ready = self._gauge("engine_ready")
+        self._step_age = self._gauge("engine_step_age_seconds")
+        self._engine_restarts = self._counter("engine_restarts_total")
+
+    # Requests
+
+    def track(self, request_id: str, arrival_time: float) -> RequestMeter:
+        """Follow a request that the engine has just accepted, until `observe_request`.
+
+        arrival_time: time.monotonic() seconds.
+        """
+        meter = self._meters[request_id] = RequestMeter(self, arrival_time)
+        self._accepted.inc()
+        return meter
+
+    def observe_request(self, record: Record) -> None:
+        """Count a request at its end, whatever that was. Its meter, if it has one, is closed: what
+        was not delivered (the client had gone) is counted here, so that token counters agree with
+        the records."""
+        meter = self._meters.pop(record.request_id, None)
+        if meter is None:
+            self._accepted.inc()
+            meter = RequestMeter(self, record.arrival_time)
+        meter.close(record)
+        self._finished[str(record.finish_reason)].inc()
+        self._prompt_tokens.inc(record.prompt_tokens)
+        self._cached_tokens.inc(record.cached_tokens)
+        self._request_prompt.observe(record.prompt_tokens)
+        self._request_generation.observe(record.output_tokens)
+        self._request_preemptions.observe(record.preemptions)
+        if record.max_tokens is not None:
+            self._request_max_tokens.observe(record.max_tokens)
+        self._observe_stages(record)
+
+    def _observe_stages(self, record: Record) -> None:
+        if record.scheduled_time:
+            self._queue_time.observe(record.scheduled_time - record.arrival_time)
+        if record.first_token_time:
+            self._prefill_time.observe(record.first_token_time - record.scheduled_time)
+        if record.finish_reason in _COMPLETED:
+            decode = record.finished_time - record.first_token_time
+            self._decode_time.observe(decode)
+            self._inference_time.observe(record.finished_time - record.scheduled_time)
+            self._e2e_latency.observe(record.finished_time - record.arrival_time)
+            if record.output_tokens > 1:
+                self._per_output_token.observe(decode / (record.output_tokens - 1))
+
+    def observe_rejected(self, reason: str) -> None:
+        """Count a request that was refused before the engine. reason: the error's code, one of a
+        fixed set (`queue_full`, `context_length_exceeded`, ...), never text from a client."""
+        self._counter("requests_rejected_total", reason).inc()
+
+    def observe_http(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count an HTTP exchange. route: the path's template, never the path itself."""
+        method = method if method in _HTTP_METHODS else "OTHER"  # clients can invent methods
+        self._counter("http_requests_total", route, method, str(status)).inc()
+        self._histogram("http_request_duration_seconds", route, method).observe(seconds)
+
+    # Engine
+
+    def attach_engine(self, engine: Engine) -> None:
+        """Read the engine's stats, age, state and restarts at every scrape."""
+        self._engine = engine
+
+    def observe_stats(self, stats: Stats) -> None:
+        """Take over the engine's gauges and advance its counters, which may restart from zero.
+
+        Called once per message from the engine, `iteration_tokens` sees every step; called only by
+        a scrape (`attach_engine`), it samples the last one.
+        """
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._kv_used.set(stats.kv_blocks_used)
+        self._kv_free.set(stats.kv_blocks_total - stats.kv_blocks_used)
+        if stats.kv_blocks_total:
+            self._kv_usage.set(stats.kv_blocks_used / stats.kv_blocks_total)
+        for field, (seen, counter) in self._engine_counters.items():
+            increase = seen.advance(getattr(stats, field))
+            counter.inc(increase)
+            if field == "steps" and increase and stats.step_tokens:
+                self._iteration_tokens.observe(stats.step_tokens)
+
+    def set_model_info(
+        self, *, version: str, digest: str, revision: str = "", dtype: str = "", device: str = ""
+    ) -> None:
+        """Replace what `model_info` says is served. version: Headrace's; digest: the model's."""
+        self._gauge_family("model_info").clear()
+        self._gauge("model_info", version, digest, revision, dtype, device).set(1)
+
+    def _read_engine(self, engine: Engine) -> None:
+        self.observe_stats(engine.stats)
+        self._ready.set(engine.state == "ready")
+        self._step_age.set(engine.last_seen_age)
+        self._engine_restarts.inc(self._restarts.advance(engine.restarts))
+        if (info := engine.info) is not None:
+            self._gauge_family("kv_cache_config_info").clear()
+            blocks = (str(info.block_size), str(info.num_blocks))
+            self._gauge("kv_cache_config_info", *blocks).set(1)
+
+    # Exposition
+
+    def render(self) -> bytes:
+        """The text exposition of everything, under our names and under vLLM's."""
+        if self._engine is not None:
+            self._read_engine(self._engine)
+        return generate_latest(self.registry)
+
+    def _labels(self, name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+        return (self.model_name, *values) if "model_name" in BY_NAME[name].labels else values
+
+    def _counter(self, name: str, *values: str) -> Counter:
+        family = self._families[name]
+        assert isinstance(family, Counter)
+        return family.labels(*self._labels(name, values))
+
+    def _histogram(self, name: str, *values: str) -> Histogram:
+        family = self._families[name]
+        assert isinstance(family, Histogram)
+        return family.labels(*self._labels(name, values))
+
+    def _gauge_family(self, name: str) -> Gauge:
+        family = self._families[name]
+        assert isinstance(family, Gauge)
+        return family
+
+    def _gauge(self, name: str, *values: str) -> Gauge:
+        return self._gauge_family(name).labels(*self._labels(name, values))
+
+
+class RequestMeter:
+    """Follows the delivery of one request's tokens."""
+
+    __slots__ = ("_closed", "_counted", "_delivered", "_last", "_metrics", "_ttft_known")
+
+    def __init__(self, metrics: Metrics, arrival_time: float) -> None:
+        self._metrics = metrics
+        self._last = arrival_time
+        self._delivered = self._counted = 0
+        self._closed = self._ttft_known = False
+
+    def tokens(self, count: int, now: float | None = None) -> None:
+        """`count` tokens were delivered together at `now` (time.monotonic() seconds).
+
+        The first output observes the time to first token. Tokens of a later output share the gap
+        since the previous one equally, so that the histogram's sum stays the time that passed.
+        """
+        if count <= 0:
+            return
+        now = time.monotonic() if now is None else now
+        metrics, gap = self._metrics, now - self._last
+        if self._delivered:
+            for _ in range(count):
+                metrics.inter_token_latency.observe(gap / count)
+        elif not self._ttft_known:
+            metrics.time_to_first_token.observe(gap)
+        self._delivered += count
+        self._last = now
+        # The last outputs are read after the engine's record came, which counted their tokens.
+        if not self._closed:
+            metrics.generation_tokens.inc(count)
+            self._counted += count
+
+    def close(self, record: Record) -> None:
+        """The engine is done with the request: count the tokens not yet seen here."""
+        self._closed = True
+        self._metrics.generation_tokens.inc(max(0, record.output_tokens - self._counted))
+        if not self._delivered and record.first_token_time:
+            ttft = record.first_token_time - record.arrival_time
+            self._metrics.time_to_first_token.observe(ttft)
+            self._ttft_known = True
+
+
+class _Resetting:
+    """Follows a counter of another process, which starts again from zero with that process."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def advance(self, value: int) -> int:
+        """The increase since the last call."""
+        increase = value - self._seen if value >= self._seen else value
+        self._seen = value
+        return increase
+
+
+class _Registry(CollectorRegistry):
+    """Leaves out the `_created` series: a line for every counter and histogram, used by few."""
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+
+
+class _VllmAliases(Collector):
+    """Exposes, under vLLM's names, the samples of the families whose meaning is equal.
+
+    It holds no state: dashboards, autoscalers and load tools made for vLLM read our numbers.
+    """
+
+    def __init__(self, families: dict[str, Counter | Gauge | Histogram]) -> None:
+        self._families = families
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # nothing to register names for: they cannot clash with ours
+
+    def collect(self) -> Iterator[Metric]:
+        for name, family in self._families.items():
+            if (alias := BY_NAME[name].vllm) is None:
+                continue
+            ours = BY_NAME[name].full_name.removesuffix("_total")
+            for metric in family.collect():
+                theirs = "vllm:" + alias
+                if metric.type == "counter":
+                    theirs = theirs.removesuffix("_total")
+                renamed = Metric(theirs, f"Same as {BY_NAME[name].full_name}.", metric.type)
+                renamed.samples = [
+                    Sample(theirs + s.name.removeprefix(ours), s.labels, s.value)
+                    for s in metric.samples
+                ]
+                yield renamed
+
+
+_ENGINE_COUNTERS = {
+    "prefix_query_tokens": "prefix_cache_queries_total",
+    "prefix_hit_tokens": "prefix_cache_hits_total",
+    "preemptions": "preemptions_total",
+    "steps": "engine_steps_total",
+}
+_OBSERVED = tuple(f for f in FAMILIES if not f.name.startswith(ResourceCollector.name_prefixes))
+
+
+def _build(family: Family, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    name = PREFIX + family.name
+    if family.kind == "counter":
+        return Counter(name, family.help, family.labels, registry=registry)
+    if family.kind == "gauge":
+        return Gauge(name, family.help, family.labels, registry=registry)
+    return Histogram(name, family.help, family.labels, buckets=family.buckets, registry=registry)

@@ -1,0 +1,119 @@
+"""The value types that api, text and engine share: what to sample, and one request in token ids."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from headrace.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen and when generation ends.
+
+    Filters apply in the order penalties and logit_bias, temperature, top_k, top_p, min_p. Every
+    field's default leaves the model's distribution as it is.
+    """
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 (or -1, as other servers write it) means no limit."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL,
+    arXiv 1909.05858). The two OpenAI penalties count output tokens only."""
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    """A seeded request repeats its output exactly; without one a random seed is drawn."""
+    n: int = 1
+    max_tokens: int | None = None
+    """None: as many as the context holds."""
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens cannot be sampled before this many output tokens."""
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    """None: none. 0: of the sampled token. k: also of the k most likely tokens. Log-probabilities
+    are those of the model's own distribution, before penalties, bias, temperature and filters."""
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _in_range("temperature", self.temperature, 0.0, 100.0)
+        _in_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _in_range("min_p", self.min_p, 0.0, 1.0)
+        _in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _in_range("top_k", self.top_k, -1, 2**31 - 1)
+        _in_range("n", self.n, 1, 128)
+        _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.seed is not None:
+            _in_range("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _in_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            if self.min_tokens > self.max_tokens:
+                raise InvalidRequestError(
+                    f"min_tokens ({self.min_tokens}) is larger than max_tokens "
+                    f"({self.max_tokens}); lower it or raise max_tokens.",
+                    param="min_tokens",
+                )
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _in_range(name, count, 0, MAX_LOGPROBS)
+        if any(not text for text in self.stop):
+            raise InvalidRequestError("stop must not contain an empty string.", param="stop")
+        for token_id, bias in (self.logit_bias or {}).items():
+            _in_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, param="logit_bias")
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to generate, in token ids. The engine knows no text.
+
+    `sampling.n` is 1 here: a request for n choices is n of these, sharing their prompt's blocks.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_time: float = 0.0
+    """time.monotonic() seconds; processes of one host share that clock."""
+    priority: int = 0
+    """Lower is served first."""
+    deadline: float | None = None
+    """time.monotonic() seconds after which a request still waiting is dropped."""
+    tenant: str = ""
+    cache_salt: str = ""
+    """Requests share cached blocks only with those of the same salt."""
+    adapter: str = ""
+    model_revision: str = ""
+    trace_context: str = ""
+    """W3C traceparent."""
+    resume_token_ids: list[int] = []
+    """Output tokens already delivered, when a request is replayed on a restarted engine."""
+
+
+def _in_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float,
+    *,
+    low_open: bool = False,
+    param: str | None = None,
+) -> None:
+    if math.isfinite(value) and (low < value if low_open else low <= value) and value <= high:
+        return
+    bracket = "(" if low_open else "["
+    raise InvalidRequestError(
+        f"{name} must be in {bracket}{low}, {high}], got {value}.", param=param or name
+    )

@@ -1,0 +1,242 @@
+"""The serving assembly: model files, engine process and HTTP app become one server.
+
+`headrace serve` runs it on uvicorn; a Ray Serve replica uses the same `Service` behind its own
+HTTP server. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from headrace import __version__
+from headrace.api.api_config import ApiConfig
+from headrace.api.app import create_app
+from headrace.api.model_table import ModelTable, ServedModel
+from headrace.config import EngineConfig, ServerOptions
+from headrace.engine.client import ModelInfo
+from headrace.engine.live_requests import QueueLimits
+from headrace.engine.process_client import ProcessEngineClient
+from headrace.errors import ConfigError, HeadraceError
+from headrace.loading.checkpoint import open_checkpoint
+from headrace.loading.resolver import DEFAULT_MODEL, resolve_model
+from headrace.observability.metrics import Metrics
+from headrace.text.processor import TextProcessor
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+EXIT_OK, EXIT_ENGINE_LOST, EXIT_INTERRUPTED = 0, 1, 130
+
+
+class Service:
+    """One model being served: its engine client, its text side, and the app in front of them."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        options: ServerOptions,
+        *,
+        on_dead: Callable[[HeadraceError], None] = lambda error: None,
+        on_progress: Progress = lambda read, total: None,
+    ) -> None:
+        """Resolves the model's name to files, downloading them if they are on a hub.
+
+        Raises CheckpointError if it cannot be found.
+        """
+        reference = config.model
+        self.path = resolve_model(reference, revision=config.model_options.revision)
+        names = options.served_model_name or (_default_name(reference, self.path),)
+        self.metrics = Metrics(names[0])
+        self.client = ProcessEngineClient(
+            replace(config, model=str(self.path)),
+            limits=QueueLimits(options.max_queued_requests, options.max_queued_tokens),
+            step_timeout=options.step_timeout,
+            log_level=options.log_level,
+            log_format=options.log_format,
+            on_record=lambda record: self.app.state.services.ledger.close(record),
+            on_stats=self.metrics.observe_stats,
+            on_progress=on_progress,
+            on_dead=on_dead,
+        )
+        self.metrics.attach_engine(self.client)
+        self.model = ServedModel(
+            name=names[0],
+            client=self.client,
+            aliases=tuple(names[1:]),
+            revision=config.model_options.revision or "",
+        )
+        self.app: FastAPI = create_app(
+            ModelTable(self.model),
+            ApiConfig(
+                api_keys=(options.api_key,) if options.api_key else (),
+                max_body_bytes=options.max_body_bytes,
+                step_age_limit=options.step_timeout,
+                strict_fields=options.strict_fields,
+                cors_origins=options.cors_origin,
+                version=__version__,
+            ),
+            self.metrics,
+        )
+        self._chat_template = config.model_options.chat_template
+
+    async def start(self) -> ModelInfo:
+        """Start the engine and read the text side meanwhile; returns when requests can come.
+
+        Raises CheckpointError or EngineError for a model that cannot be served.
+        """
+        await self.client.start()
+        checkpoint = await asyncio.to_thread(open_checkpoint, self.path)
+        self.model.text = await asyncio.to_thread(
+            TextProcessor.from_assets, checkpoint.tokenizer, template_file=self._chat_template
+        )
+        self.model.digest = await asyncio.to_thread(lambda: checkpoint.digest)
+        info = await self.client.wait_ready()
+        self.metrics.set_model_info(
+            version=__version__,
+            digest=self.model.digest,
+            revision=self.model.revision,
+            dtype=info.dtype,
+            device=info.device,
+        )
+        return info
+
+    def drain(self) -> None:
+        """Take no new requests: /readyz says 503, and so do they. Running ones go on."""
+        self.app.state.services.draining = True
+
+    async def drained(self, timeout: float) -> bool:
+        """Wait until no request lives; False if some still do after `timeout` seconds."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self.client.num_live:
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(0.05)
+        return True
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+def _default_name(reference: str, path: Path) -> str:
+    """What clients call the model when nobody says: as it was asked for, or its file's name."""
+    if not reference:
+        return DEFAULT_MODEL
+    if Path(reference).exists():
+        return path.stem if path.suffix == ".gguf" else path.name
+    return reference
+
+
+# --- `headrace serve` -------------------------------------------------------------------------
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError, with a remedy, if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port (0 picks a "
+            "free one) or --host, or stop what uses it."
+        ) from None
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handling: `_Lifetime` decides what a signal means."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class _Lifetime:
+    """When the process ends, and with which status."""
+
+    def __init__(self, shutdown_timeout: float) -> None:
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.service: Service | None = None
+        self._shutdown_timeout = shutdown_timeout
+        self._draining: asyncio.Task[None] | None = None
+
+    def end(self, status: int) -> None:
+        if not self.status.done():
+            self.status.set_result(status)
+
+    def on_signal(self, number: int) -> None:
+        if self.service is None or self._draining is not None:
+            logger.warning("%s: ending now", signal.Signals(number).name)
+            self.end(EXIT_INTERRUPTED)
+            return
+        live = self.service.client.num_live
+        logger.info("%s: not ready any more; requests to finish: %d", signal.Signals(number).name, live)
+        self._draining = asyncio.create_task(self._drain(self.service))
+
+    async def _drain(self, service: Service) -> None:
+        service.drain()
+        if not await service.drained(self._shutdown_timeout):
+            logger.warning(
+                "%d requests did not finish within %.0f s and are ended with an error",
+                service.client.num_live,
+                self._shutdown_timeout,
+            )
+        self.end(EXIT_OK)
+
+
+async def run(
+    config: EngineConfig,
+    options: ServerOptions,
+    *,
+    on_ready: Callable[[Service, str], None] = lambda service, url: None,
+    on_progress: Progress = lambda read, total: None,
+) -> int:
+    """Serve until a signal or the engine's end; the process's exit status.
+
+    The first SIGTERM or SIGINT drains: not ready, streams finish within `shutdown_timeout`, 0.
+    A second one ends everything at once. An engine that is lost for good ends it with 1. Raises
+    HeadraceError if the model cannot be served.
+    """
+    loop = asyncio.get_running_loop()
+    lifetime = _Lifetime(options.shutdown_timeout)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lifetime.on_signal, number)
+    listener = listen(options.host, options.port)
+    lifetime.service = service = Service(
+        config,
+        options,
+        on_dead=lambda error: lifetime.end(EXIT_ENGINE_LOST),
+        on_progress=on_progress,
+    )
+    server = _Server(
+        uvicorn.Config(
+            service.app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            server_header=False,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(service.start())
+    try:
+        await asyncio.wait([starting, lifetime.status], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            host, port = listener.getsockname()[:2]
+            on_ready(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        return await lifetime.status
+    finally:
+        starting.cancel()
+        await service.close()
+        server.should_exit = True
+        await serving

@@ -1,0 +1,1 @@
+"""Strings to token ids and back: templates, tokenizers, stop strings; imports no torch."""
