@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import random
 import subprocess
@@ -18,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# As the engine process does: workers that spin are very slow when tests share their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent
 RECORDED_VERSIONS = ("torch", "triton", "tokenizers", "transformers", "openai", "ray", "fastapi")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -240,32 +241,48 @@ def test_third_party_packages_stay_in_their_parts() -> None:
 
 
 def test_every_third_party_import_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {_distribution_name(line) for line in project["dependencies"]}
+    declared = _declared_distributions("dependencies")
     problems = []
     for module in modules().values():
         for imported in imports_of(module):
             package = imported.target.split(".")[0]
-            if package in sys.stdlib_module_names or package in SOURCE_ROOTS:
+            home = OPTIONAL_PACKAGES.get(package)
+            is_late = imported.in_function or imported.type_only
+            if package in OPTIONAL_PACKAGES and (is_late or is_within(module.name, {home or ""})):
                 continue
-            if package in OPTIONAL_PACKAGES:
-                home = OPTIONAL_PACKAGES[package]
-                if (
-                    imported.in_function
-                    or imported.type_only
-                    or (home and is_within(module.name, {home}))
-                ):
-                    continue
-            if DISTRIBUTION_OF.get(package, package).replace("_", "-") not in declared:
+            if _is_third_party(package) and _distribution(package) not in declared:
                 problems.append(f"{module.label}:{imported.line}: {package} is not a dependency")
     report(problems)
 
 
-def _distribution_name(requirement: str) -> str:
-    name = requirement.split(";")[0]
-    for separator in "[<>=!~ ":
-        name = name.split(separator)[0]
-    return name.lower().replace("_", "-")
+def test_every_import_of_tests_and_benches_is_declared() -> None:
+    declared = _declared_distributions("dependencies", "dev", "ray", "triton")
+    problems = []
+    for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for package in {name.split(".")[0] for name in names} - {"conftest"}:
+                if _is_third_party(package) and _distribution(package) not in declared:
+                    problems.append(f"{path.relative_to(ROOT)}: {package} is not in extra `dev`")
+    report(problems)
+
+
+def _is_third_party(package: str) -> bool:
+    return package not in sys.stdlib_module_names and package not in SOURCE_ROOTS
+
+
+def _distribution(package: str) -> str:
+    return DISTRIBUTION_OF.get(package, package).replace("_", "-")
+
+
+def _declared_distributions(*groups: str) -> set[str]:
+    """The normalized names in [project] dependencies and the named extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = {"dependencies": project["dependencies"], **project["optional-dependencies"]}
+    names = (re.match(r"[\w.-]+", line) for group in groups for line in lists[group])
+    return {name[0].lower().replace("_", "-") for name in names if name}
 
 
 def test_package_inits_import_nothing() -> None:

@@ -160,9 +160,10 @@ def _serve(args: argparse.Namespace) -> int:
             f"[yellow]Warning:[/] listening on {options.host} without --api-key: whoever reaches "
             "this address can use the model."
         )
-    with _loading_bar(console) as progress, asyncio.Runner(
-        loop_factory=uvloop.new_event_loop
-    ) as runner:
+    with (
+        _loading_bar(console) as progress,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
 
         def on_ready(service: Service, url: str) -> None:
             progress.stop()
@@ -318,11 +319,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from headrace_kernels import dispatch
     from rich.table import Table
 
     from headrace.engine.build import explicit_kernels, kernel_facts
     from headrace.engine.plan import make_plan
+    from headrace_kernels import dispatch
 
     config, _, _ = _options(args)
     plan = make_plan(_with_local_model(config))

@@ -190,7 +190,9 @@ def load_options(
     for key, value in file.items():
         name = key.replace("-", "_")
         if name not in specs:
-            raise ConfigError(f"Unknown key {key!r} in the configuration file{_nearest(name, specs)}.")
+            raise ConfigError(
+                f"Unknown key {key!r} in the configuration file{_nearest(name, specs)}."
+            )
         values[name] = _coerce(specs[name], value, f"key {key!r}")
         sources[name] = "file"
     environment = os.environ if environment is None else environment
@@ -214,6 +216,16 @@ def load_options(
         device=groups[DeviceOptions],
     )
     return engine, groups[ServerOptions], sources
+
+
+def engine_environment() -> dict[str, str]:
+    """The environment of the engine process: this one's, with OpenMP workers that sleep.
+
+    By default libgomp's workers spin at the end of each parallel region. When another process wants
+    the core (an API process does, for every token) the region waits for a thread that is not
+    running: decoding was 4 to 8 times slower on a busy machine. See docs/decisions/0003.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:
@@ -311,7 +323,7 @@ CPU_KV_LIMIT = 4 * GIB
 
 
 def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> ResolvedConfig:
-    """Choose every open value. Pure. Raises ConfigError when the model cannot run, with a remedy."""
+    """Choose every open value. Pure. Raises ConfigError, with a remedy, if the model cannot run."""
     on_cpu = hardware.device == "cpu"
     why: dict[str, str] = {}
 

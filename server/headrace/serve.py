@@ -11,9 +11,10 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -155,8 +156,9 @@ def listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn without its own signal handling: `_Lifetime` decides what a signal means."""
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class _Lifetime:
@@ -178,7 +180,9 @@ class _Lifetime:
             self.end(EXIT_INTERRUPTED)
             return
         live = self.service.client.num_live
-        logger.info("%s: not ready any more; requests to finish: %d", signal.Signals(number).name, live)
+        logger.info(
+            "%s: not ready any more; requests to finish: %d", signal.Signals(number).name, live
+        )
         self._draining = asyncio.create_task(self._drain(self.service))
 
     async def _drain(self, service: Service) -> None:
@@ -229,7 +233,8 @@ async def run(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(service.start())
     try:
-        await asyncio.wait([starting, lifetime.status], return_when=asyncio.FIRST_COMPLETED)
+        events: list[asyncio.Future[Any]] = [starting, lifetime.status]
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             host, port = listener.getsockname()[:2]

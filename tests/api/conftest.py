@@ -207,7 +207,7 @@ class FakeEngine:
         return RequestOutput(request_id=stream.request_id, token_ids=tokens, **more)
 
     def _logprobs(self, token: int, top: int) -> TokenLogprobs:
-        """The token has -token/100; the most likely ones are 65, 66, ... ("A", "B", ... are near)."""
+        """A token has -id/100; the most likely ones are those from 65 on, with -id/1000."""
         others = list(range(65, 65 + top))
         return TokenLogprobs(-token / 100, others, [-other / 1000 for other in others])
 

@@ -66,7 +66,13 @@ class Harness:
     _ids: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def add(
-        self, request_id: str, prompt: Sequence[int], *, priority: int = 0, salt: str = "", **fields: object
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        *,
+        priority: int = 0,
+        salt: str = "",
+        **fields: object,
     ) -> None:
         handle = len(self._ids) + 1
         self._ids[handle] = request_id
@@ -129,9 +135,7 @@ def make_harness() -> Callable[..., Harness]:
             kv_dtype="float32",
             enable_prefix_caching=prefix_caching,
         )
-        scheduler = Scheduler(
-            running, kv_cache, max_num_batched_tokens=budget, eos_token_ids=[EOS]
-        )
+        scheduler = Scheduler(running, kv_cache, max_num_batched_tokens=budget, eos_token_ids=[EOS])
         runner = PretendRunner(running, num_blocks, block_size)
         return Harness(scheduler, runner, running, kv_cache)
 

@@ -53,6 +53,12 @@ def write_gguf(tmp_path: Path) -> WriteGGUF:
     return write
 
 
+@pytest.fixture(scope="session")
+def smollm2_by_gguf(smollm2_path: Path) -> gguf.GGUFReader:
+    """The real file as the gguf package reads it (which takes it seconds: once is enough)."""
+    return gguf.GGUFReader(smollm2_path)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -91,8 +91,10 @@ def read_all(path: Path) -> None:
     rope_frequency_factors(file)
 
 
-def test_real_file_reads_as_the_gguf_package_reads_it(smollm2_path: Path) -> None:
-    ours, theirs = GGUFFile(smollm2_path), gguf.GGUFReader(smollm2_path)
+def test_real_file_reads_as_the_gguf_package_reads_it(
+    smollm2_path: Path, smollm2_by_gguf: gguf.GGUFReader
+) -> None:
+    ours, theirs = GGUFFile(smollm2_path), smollm2_by_gguf
 
     fields = {key: field for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
     assert list(ours.metadata) == list(fields)
@@ -281,7 +283,7 @@ def test_flipped_bytes_are_an_error_or_a_valid_file(
         assert "model.gguf" in error.message
 
 
-@pytest.mark.parametrize("value", [0, 0x7F, 0xFF])
+@pytest.mark.parametrize("value", [0, 0xFF])
 def test_every_single_byte_corrupted(write: Callable[[bytes], Path], value: int) -> None:
     for position in range(len(SMALL)):
         content = bytearray(SMALL)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headrace.errors import CheckpointError
+from headrace.loading import streaming
 from headrace.loading.gguf import GGUFFile
 from headrace.loading.gguf_weights import GGUFTensor, gguf_weights, rope_frequency_factors
 
@@ -90,12 +91,14 @@ def test_names_and_row_order(
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K"])
 def test_pieces_join_without_a_seam(
-    write_gguf: WriteGGUF, rng: np.random.Generator, kind: str
+    write_gguf: WriteGGUF, rng: np.random.Generator, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 2300 rows of 256 are several pieces, the last one short; q's pieces must end between heads.
+    # Pieces of 4096 values: 230 rows of 256 are several, the last one short, and q's must end
+    # between heads, of which each alone is 2560 values.
+    monkeypatch.setattr(streaming, "_PIECE_VALUES", 4096)
     quantization = gguf.GGMLQuantizationType[kind]
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
-    raw = rng.integers(0, 100, (2300, 256 // block_size * block_bytes), dtype=np.uint8)
+    raw = rng.integers(0, 100, (230, 256 // block_size * block_bytes), dtype=np.uint8)
     path = write_gguf(
         {"blk.0.ffn_up.weight": (raw, quantization), "blk.0.attn_q.weight": (raw, quantization)},
         {"llama.attention.head_count": 23},
@@ -175,18 +178,19 @@ def test_rope_factors_are_configuration_not_a_weight(write_gguf: WriteGGUF) -> N
     assert rope_frequency_factors(GGUFFile(path)) == (1, 1, 8, 32)
 
 
-def test_real_weights(smollm2_path: Path) -> None:
-    reference = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_path).tensors}
+def test_real_weights(smollm2_path: Path, smollm2_by_gguf: gguf.GGUFReader) -> None:
     weights = weights_of(smollm2_path)
-    assert len(weights) == len(reference) == 272
-    heads = {"blk.29.attn_q.weight": 9, "blk.29.attn_k.weight": 3}
-    names = ["token_embd.weight", "output_norm.weight", "blk.29.ffn_down.weight", *heads]
-    for name in names:
-        hf_name = GGUF_TO_HF[name.replace("29.ffn", "31.ffn").replace("29.attn", "0.attn")]
-        hf_name = hf_name.replace("layers.31", "layers.29").replace("layers.0", "layers.29")
-        stored = reference[name]
-        expected = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    assert len(weights) == len(smollm2_by_gguf.tensors) == 272
+    stored = {tensor.name: tensor for tensor in smollm2_by_gguf.tensors}
+    layer = "model.layers.29."
+    for name, hf_name, heads in (
+        ("output_norm.weight", "model.norm.weight", None),
+        ("blk.29.ffn_down.weight", layer + "mlp.down_proj.weight", None),
+        ("blk.29.attn_q.weight", layer + "self_attn.q_proj.weight", 9),
+        ("blk.29.attn_k.weight", layer + "self_attn.k_proj.weight", 3),
+    ):
         values = read(weights[hf_name]).numpy()
-        if name in heads:
-            values = interleave(values, heads[name])
+        if heads is not None:
+            values = interleave(values, heads)
+        expected = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
         assert np.array_equal(values, expected.reshape(values.shape)), name

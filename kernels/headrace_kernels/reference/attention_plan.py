@@ -16,8 +16,8 @@ TILE = 64
 """Tokens a tile; fixed, because it decides in which order a row's sums are added."""
 ROW_MULTIPLE = 8
 """GEMM rows come in eights: rows of a tail of fewer are computed by other code (other bits)."""
-DECODE_SCRATCH_BYTES = 4 << 20
-"""Keys (or values) gathered at a time."""
+DECODE_SCRATCH_BYTES = 1 << 20
+"""Keys (or values) gathered at a time: they are still in the L2 cache when they are multiplied."""
 PREFILL_SCRATCH_BYTES = 16 << 20
 """Scores held at a time."""
 
@@ -164,7 +164,7 @@ class _Planner:
         table = np.pad(table, ((0, 0), (0, -table.shape[1] % pages)))
         # Entries past a request's length may hold anything: block 0 stands in for them.
         used = np.arange(table.shape[1]) * layout.page_size < self.kv_lens[:, None]
-        self.tiles = np.where(used, table, 0).reshape(len(table), -1, pages)
+        self.tiles = np.where(used, table, 0).reshape(len(table), table.shape[1] // pages, pages)
 
     def decode(self, requests: IndexArray, token_rows: IndexArray) -> DecodePlan:
         kv_lens = self.kv_lens[requests]

@@ -25,9 +25,9 @@ GUMBEL_MAX = -math.log(-math.log1p(-(2.0**-33)))
 # last term is far above the rounding of any sum of the two in float32.
 _HOPELESS = GUMBEL_MIN - GUMBEL_MAX - 1e-3
 
-# Rows of whole-vocabulary noise made at once: this bounds its int64 temporaries. Those of a single
-# row stay in a CPU's cache; four rows at once take twice as long a row there.
-_NOISE_ROWS, _NOISE_ROWS_CPU = 64, 1
+# How much whole-vocabulary noise is made at once: this bounds its int64 temporaries. On a CPU they
+# should stay in the cache; four times as much takes twice as long a token there.
+_NOISE_AT_ONCE, _NOISE_AT_ONCE_CPU = 2**24, 2**16
 
 # Rounding of a float32 softmax over a large vocabulary, with room to spare.
 _MASS_SLACK = 1e-5
@@ -161,7 +161,8 @@ def _draw_unordered(
     crowded = survives.sum(-1, dtype=torch.int32) * _LANES > vocab_size
     tokens = torch.empty_like(seeds)
     rows = crowded.nonzero()[:, 0]
-    at_once = _NOISE_ROWS if scaled.is_cuda else _NOISE_ROWS_CPU
+    at_once = _NOISE_AT_ONCE if scaled.is_cuda else _NOISE_AT_ONCE_CPU
+    at_once = max(at_once // vocab_size, 1)
     for start in range(0, len(rows), at_once):
         chunk = rows[start : start + at_once]
         scores = gumbel_noise(seeds[chunk], positions[chunk], vocab_size)

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from headrace.api import health, models, tokenize
+from headrace.api import health, models, openapi, tokenize
 from headrace.api.api_config import ApiConfig
 from headrace.api.chat import create_chat_completion
 from headrace.api.completions import create_completion
@@ -37,6 +37,7 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
     app.add_api_route("/v1/completions", create_completion, methods=["POST"])
     for router in (models.router, tokenize.router, health.router):
         app.include_router(router)
+    openapi.describe(app)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -87,7 +87,7 @@ def _invalid(error: ValidationError) -> InvalidRequestError:
         )
     if kind in ("model_type", "dict_type") and not first["loc"]:
         return InvalidRequestError("The body must be a JSON object.", code="invalid_type")
-    path = _without_union_tags(first["loc"])
+    path = _without_union_tags(first["loc"])[:200]
     if kind == "missing":
         return InvalidRequestError(
             f"{path} is required.", param=path, code="missing_required_parameter"

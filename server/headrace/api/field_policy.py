@@ -21,6 +21,8 @@ class Refused:
     neutral: tuple[Any, ...] = ()
 
 
+MAX_NAMED, MAX_NAME = 32, 64
+
 HARMLESS = frozenset(
     {
         "metadata",
@@ -44,7 +46,7 @@ _TEXT_ONLY = "Only text goes in and out; leave it out."
 REFUSED: dict[str, Refused] = {
     # OpenAI
     "audio": Refused(_TEXT_ONLY),
-    "best_of": Refused("Ask for n choices and rank them yourself; leave best_of out."),
+    "best_of": Refused("Ask for n choices and rank them.", (1,)),
     "function_call": Refused(_TOOLS, ("none", "auto")),
     "functions": Refused(_TOOLS, ([],)),
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
@@ -100,6 +102,7 @@ def check_extra_fields(
 ) -> list[str]:
     """Judge the fields that no model holds; returns the names of the unknown ones.
 
+    At most MAX_NAMED of them, cut to MAX_NAME characters: clients see them again.
     Raises UnsupportedParameterError for a field that would have changed the output, and, when
     `strict`, InvalidRequestError for an unknown one. null asks for nothing, in any field.
     """
@@ -109,7 +112,7 @@ def check_extra_fields(
             continue
         policy = REFUSED.get(name)
         if policy is None:
-            unknown.append(name)
+            unknown.append(name[:MAX_NAME])
         elif not any(type(value) is type(no) and value == no for no in policy.neutral):
             raise UnsupportedParameterError(
                 f"{name} is not supported with this value. {policy.remedy}", param=name
@@ -121,4 +124,4 @@ def check_extra_fields(
             param=unknown[0],
             code="unknown_parameter",
         )
-    return unknown
+    return unknown[:MAX_NAMED]

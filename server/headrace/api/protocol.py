@@ -49,6 +49,12 @@ def _check_stop(value: Any) -> Any:
     return tuple(stops)
 
 
+Stop = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_check_stop, json_schema_input_type=str | list[str] | None),
+]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -71,7 +77,7 @@ class _GenerationBody(_Body):
     n: Int | None = None
     seed: Int | None = None
     max_tokens: Int | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_check_stop)] = ()
+    stop: Stop = ()
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
@@ -143,7 +149,7 @@ class _GenerationBody(_Body):
 
 
 class ChatMessage(_Body):
-    role: str
+    role: Annotated[str, Field(max_length=64)]
     content: str | list[dict[str, Any]] | None = None
 
 
@@ -180,10 +186,19 @@ class ChatCompletionRequest(_GenerationBody, _ChatPrompt):
 
 
 class CompletionRequest(_GenerationBody):
-    prompt: Annotated[Prompt, BeforeValidator(_check_prompt)]
+    prompt: Annotated[Prompt, BeforeValidator(_check_prompt, json_schema_input_type=Prompt)]
     add_special_tokens: bool = True
     echo: bool | None = None
     logprobs: Int | None = None
+    best_of: Int | None = None
+
+    def check_combinations(self) -> None:
+        super().check_combinations()
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise UnsupportedParameterError(
+                "best_of is only supported when it equals n; ask for n choices and rank them.",
+                param="best_of",
+            )
 
     @property
     def echo_only(self) -> bool:
@@ -274,7 +289,7 @@ def _content(message: ChatMessage, where: str) -> str:
         if not isinstance(text, str):
             raise UnsupportedParameterError(
                 f'{where}.content[{index}] must be {{"type": "text", "text": "..."}}: this server '
-                f"takes only text, got type {str(kind)!r}.",
+                f"takes only text, got type {str(kind)[:64]!r}.",
                 param=f"{where}.content[{index}]",
             )
         texts.append(text)
@@ -287,7 +302,7 @@ def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
     for key in biases:
         if not key.isascii() or not key.isdigit() or len(key) > 10:
             raise UnsupportedParameterError(
-                f"logit_bias keys must be token ids, got {key!r}; get them from /tokenize.",
+                f"logit_bias keys must be token ids, got {key[:32]!r}; get them from /tokenize.",
                 param="logit_bias",
             )
     return {int(key): bias for key, bias in biases.items()}

@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from headrace_kernels import dispatch
-from headrace_kernels.kernel_set import KernelSet
 
 from headrace.config import EngineConfig, ResolvedConfig
 from headrace.engine.block_pool import BlockPool
@@ -26,6 +24,8 @@ from headrace.layers.weights import WeightTensor
 from headrace.loading.checkpoint import Checkpoint
 from headrace.models.base import CausalLM, build_model
 from headrace.models.config import ModelConfig
+from headrace_kernels import dispatch
+from headrace_kernels.kernel_set import KernelSet
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ class FinishReason(enum.StrEnum):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities (natural log) at one position, before penalties, temperature and filters."""
+    """Natural log-probabilities at one position, before penalties, temperature and filters."""
 
     logprob: float
     """Of the token that stands at this position."""

@@ -14,7 +14,6 @@ from headrace.engine.scheduler import Scheduler
 from headrace.engine.wire import StepOutputs
 from headrace.sampling_params import GenerateRequest
 
-
 NOTHING = StepResult(token_ids=np.empty(0, np.int64))
 RESIDENT_BYTES_PERIOD = 1.0  # seconds; reading it costs more than scheduling a step
 

@@ -61,7 +61,7 @@ def _probe_gpu(device: str) -> Hardware | None:
     index = int(device.partition(":")[2] or 0) if device.startswith("cuda") else 0
     if index >= torch.cuda.device_count():
         raise ConfigError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0."
+            f"--device {device}: there are {torch.cuda.device_count()} GPU(s), counted from 0."
         )
     free, _ = torch.cuda.mem_get_info(index)
     return Hardware(

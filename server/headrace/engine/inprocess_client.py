@@ -1,4 +1,4 @@
-"""EngineClient with the engine in this process: for `LLM` and tests. A step blocks the event loop."""
+"""EngineClient with the engine in this process, for `LLM` and tests. A step blocks its loop."""
 
 from __future__ import annotations
 

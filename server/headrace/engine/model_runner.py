@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from headrace_kernels.attention_metadata import AttentionMetadata
-from headrace_kernels.reference.sampling import prompt_logprobs
 
 from headrace.engine.batch import ModelInput, ScheduledBatch, StepResult, build_model_input
 from headrace.engine.client import TokenLogprobs
@@ -16,6 +14,8 @@ from headrace.engine.request import RunningRequests
 from headrace.engine.sampler import Sampler
 from headrace.engine.sampling_batch import sampling_columns
 from headrace.models.base import CausalLM
+from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.reference.sampling import prompt_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +85,13 @@ class ModelRunner:
             slot_mapping=model_input.slot_mapping,
             device=self._device,
         )
-        return self._model(
+        hidden: torch.Tensor = self._model(
             self._to_device(model_input.token_ids),
             self._to_device(model_input.positions),
             self._kv_layers,
             metadata,
         )
+        return hidden
 
     def _prompt_logprobs(
         self, batch: ScheduledBatch, hidden: torch.Tensor
@@ -104,9 +105,7 @@ class ModelRunner:
             if row not in running.with_prompt_logprobs:
                 continue
             first = int(running.num_computed_tokens[row]) + 1
-            end = min(
-                first + int(batch.num_scheduled[index]), int(running.num_prompt_tokens[row])
-            )
+            end = min(first + int(batch.num_scheduled[index]), int(running.num_prompt_tokens[row]))
             offset = int(ends[index] - batch.num_scheduled[index])
             count = running.request(row).sampling.prompt_logprobs or 0
             entries: list[TokenLogprobs] = []

@@ -1,4 +1,4 @@
-"""What a model will take on this machine, worked out from file headers. Loads no weights, no torch."""
+"""What a model takes on this machine, worked out from file headers. Loads no weights, no torch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,6 @@ def make_plan(config: EngineConfig) -> Plan:
 def model_config(checkpoint: Checkpoint) -> ModelConfig:
     """The architecture as the checkpoint's own configuration describes it."""
     if checkpoint.gguf_metadata is not None:
-        return ModelConfig.from_gguf(
-            checkpoint.gguf_metadata, checkpoint.rope_frequency_factors
-        )
+        return ModelConfig.from_gguf(checkpoint.gguf_metadata, checkpoint.rope_frequency_factors)
     assert checkpoint.hf_config is not None, "a folder without config.json is refused when opened"
     return ModelConfig.from_hf(checkpoint.hf_config, checkpoint.generation_config)

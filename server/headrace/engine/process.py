@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import msgspec
 
@@ -52,7 +52,7 @@ class Startup(msgspec.Struct, frozen=True):
     socket_fd: int
     config: EngineConfig
     log_level: str
-    log_format: str
+    log_format: Literal["text", "json"]
 
 
 class EngineProcess:
@@ -116,7 +116,9 @@ class EngineProcess:
             case Abort(request_id=request_id):
                 engine.abort(request_id)
             case ResetPrefixCache():
-                self._send(Heartbeat(engine.stats(), prefix_cache_reset=engine.reset_prefix_cache()))
+                self._send(
+                    Heartbeat(engine.stats(), prefix_cache_reset=engine.reset_prefix_cache())
+                )
             case Shutdown():
                 self._stop = True
 

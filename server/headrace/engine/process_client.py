@@ -13,10 +13,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
-from headrace.config import EngineConfig
+from headrace.config import EngineConfig, engine_environment
 from headrace.engine.channel import FrameReader, frame, socket_pair
 from headrace.engine.client import EngineState, EngineStats, ModelInfo, RequestRecord
 from headrace.engine.live_requests import LiveRequests, LiveStream, QueueLimits
@@ -56,7 +57,7 @@ class ProcessEngineClient:
         limits: QueueLimits,
         step_timeout: float = 300.0,
         log_level: str = "info",
-        log_format: str = "text",
+        log_format: Literal["text", "json"] = "text",
         on_record: Callable[[RequestRecord], None] = lambda record: None,
         on_stats: Callable[[EngineStats], None] = lambda stats: None,
         on_progress: Callable[[int, int], None] = lambda read, total: None,
@@ -68,7 +69,8 @@ class ProcessEngineClient:
         self.restarts = 0
         self._config = config
         self._step_timeout = step_timeout
-        self._log = (log_level, log_format)
+        self._log_level = log_level
+        self._log_format = log_format
         self._on_stats = on_stats
         self._on_progress = on_progress
         self._on_dead = on_dead
@@ -186,13 +188,13 @@ class ProcessEngineClient:
         return connection.ended.result()
 
     def _spawn(self, socket_fd: int) -> subprocess.Popen[bytes]:
-        level, log_format = self._log
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "headrace.engine.process"],
             stdin=subprocess.PIPE,
             pass_fds=[socket_fd],
+            env=engine_environment(),
         )
-        startup = Startup(socket_fd, self._config, level, log_format)
+        startup = Startup(socket_fd, self._config, self._log_level, self._log_format)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; its exit tells
             process.stdin.write(msgspec.json.encode(startup) + b"\n")

@@ -1,4 +1,4 @@
-"""The sampling parameters of a step's rows, cut out of the running requests' columns. No tensors."""
+"""The sampling parameters of a step's rows, cut out of the running requests' columns."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Scheduler:
     def _share_budget(self, rows: LongArray) -> IntArray:
         """[R] one token for each row, and what is left of the budget to prompts in order."""
         wanted = self.running.num_tokens[rows] - self.running.num_computed_tokens[rows]
-        num_scheduled = np.minimum(wanted, 1)
+        num_scheduled: IntArray = np.minimum(wanted, 1)
         budget = self._max_num_batched_tokens - len(rows)
         prompts = np.flatnonzero(wanted > 1).tolist()
         for index in sorted(prompts, key=lambda i: self.running.request(int(rows[i])).order):
@@ -132,9 +132,7 @@ class Scheduler:
         preempted = False
         for index in short.tolist():
             row = int(rows[index])
-            while (
-                running.active[row] and self.kv_cache.allocate(row, int(target[index])) is None
-            ):
+            while running.active[row] and self.kv_cache.allocate(row, int(target[index])) is None:
                 self._preempt_last()
                 preempted = True
         return preempted

@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.errors import CheckpointError, InvalidRequestError
 
-MAX_STEPS = 1_000_000  # loop rounds in one rendering; a thousand-message chat takes a few thousand
+MAX_STEPS = 200_000  # loop rounds in one rendering; a thousand-message chat takes a few thousand
 MAX_CHARACTERS = 64 * 2**20
 _WIDE_FORMAT = re.compile(r"\d{6}|\*")
 _RESERVED = frozenset(

@@ -52,6 +52,8 @@ class Detokenizer:
     def _push_window(self, token_id: int) -> str:
         """For decoders that look at neighbours: decode a short window twice and return what is
         new. The window keeps the last token, so that the decoder sees what it follows."""
+        if token_id in self._skip:
+            return ""
         window = [*self._window, token_id]
         text = self._tokenizer.decode(window, skip_special_tokens=self._skip_special_tokens)
         if text.endswith(_UNFINISHED) and len(window) < _MAX_PENDING_TOKENS:

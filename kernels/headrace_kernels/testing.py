@@ -1,0 +1,188 @@
+"""Input generators, tolerances and comparators for the tests and benchmarks of every op.
+
+Ships with the package, so that a kernel written elsewhere is held to the same cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from headrace_kernels.attention_metadata import AttentionMetadata
+
+RAGGED_LENGTHS: Mapping[str, Sequence[tuple[int, int]]] = {
+    "no request": [],
+    "first token": [(1, 1)],
+    "decode": [(1, 1), (1, 63), (1, 64), (1, 65), (1, 200), (1, 16), (1, 17)],
+    "one prompt": [(70, 70)],
+    "page borders": [(15, 15), (16, 16), (17, 17), (31, 48)],
+    "tile borders": [(63, 63), (64, 64), (65, 65), (2, 130), (64, 128)],
+    "mixed": [(1, 90), (33, 33), (1, 1), (7, 140), (1, 300), (2, 2)],
+}
+"""(query tokens, cached tokens with them) of each request."""
+
+HEAD_SHAPES: Sequence[tuple[int, int, int]] = ((9, 3, 64), (4, 4, 16), (8, 1, 32), (6, 2, 80))
+"""(H, K, D): grouped, multi-head and multi-query attention; D that is no power of two."""
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """The host arrays of one step, with blocks in random order and rows padded to a multiple."""
+
+    query_lens: npt.NDArray[np.int64]
+    seq_lens: npt.NDArray[np.int64]
+    block_table: npt.NDArray[np.int64]
+    slot_mapping: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    num_blocks: int
+
+    @property
+    def num_rows(self) -> int:
+        """T, padding included."""
+        return len(self.slot_mapping)
+
+    def metadata(self, device: str = "cpu") -> AttentionMetadata:
+        return AttentionMetadata.build(
+            self.query_lens, self.seq_lens, self.block_table, self.slot_mapping, device
+        )
+
+    def slots_of(self, request: int) -> npt.NDArray[np.int64]:
+        """The slot of each cached token of a request."""
+        page_size = self.page_size
+        token = np.arange(self.seq_lens[request])
+        return self.block_table[request, token // page_size] * page_size + token % page_size
+
+    page_size: int = 16
+
+
+def ragged_batch(
+    lengths: Sequence[tuple[int, int]],
+    page_size: int,
+    rng: np.random.Generator,
+    *,
+    pad_to: int = 8,
+    spare_blocks: int = 3,
+) -> RaggedBatch:
+    """Lay out requests of (query tokens, cached tokens with them) in a cache of shuffled blocks.
+
+    Entries of the block table that no token uses are -1.
+    """
+    query_lens = np.array([query for query, _ in lengths], dtype=np.int64)
+    seq_lens = np.array([seq for _, seq in lengths], dtype=np.int64)
+    blocks_each = -(-seq_lens // page_size)
+    num_blocks = int(blocks_each.sum()) + spare_blocks
+    free = rng.permutation(num_blocks)
+    table = np.full((len(lengths), max(blocks_each, default=0) + 1), -1, dtype=np.int64)
+    for request, count in enumerate(blocks_each):
+        table[request, :count], free = free[:count], free[count:]
+    rows = -(-int(query_lens.sum()) // pad_to) * pad_to or pad_to
+    slots = np.full(rows, -1, dtype=np.int64)
+    positions = np.zeros(rows, dtype=np.int64)
+    begin = 0
+    for request, (query, seq) in enumerate(lengths):
+        own = np.arange(seq - query, seq)
+        positions[begin : begin + query] = own
+        slots[begin : begin + query] = table[request, own // page_size] * page_size
+        slots[begin : begin + query] += own % page_size
+        begin += query
+    return RaggedBatch(query_lens, seq_lens, table, slots, positions, num_blocks, page_size)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """An output full of NaN: what an op forgets to write is found."""
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest error allowed: absolute + relative * |expected|, and why it is not smaller."""
+
+    absolute: float
+    relative: float
+    reason: str
+
+
+TOLERANCES: Mapping[tuple[str, torch.dtype], Tolerance] = {
+    ("norm", torch.float32): Tolerance(1e-6, 2e-6, "a mean and a few fp32 roundings"),
+    ("norm", torch.bfloat16): Tolerance(1e-6, 2**-8, "the output is rounded to 8 bits"),
+    ("activation", torch.float32): Tolerance(1e-6, 2e-6, "exp and a few fp32 roundings"),
+    ("activation", torch.bfloat16): Tolerance(1e-6, 2**-8, "the output is rounded to 8 bits"),
+    ("rope", torch.float32): Tolerance(2e-6, 2e-6, "two products and a sum, which may cancel"),
+    ("rope", torch.bfloat16): Tolerance(1e-5, 2**-8, "the output is rounded to 8 bits"),
+    ("linear", torch.float32): Tolerance(2e-4, 1e-5, "a sum of K fp32 products of unit size"),
+    ("linear", torch.bfloat16): Tolerance(2e-4, 2**-8, "the output is rounded to 8 bits"),
+    ("attention", torch.float32): Tolerance(2e-6, 2e-5, "fp32 scores under exp, and two sums"),
+    ("attention", torch.bfloat16): Tolerance(1e-5, 2**-7, "the output is rounded to 8 bits"),
+}
+"""By stem and dtype of inputs and output; inputs are drawn from the standard normal."""
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
+    """Raise AssertionError, with the worst element, unless `actual` is within the tolerance.
+
+    NaN and infinity must stand where `expected` has them.
+    """
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, not {expected.shape}"
+    got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
+    for name, mask in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+        differing = (mask(got) != mask(want)).nonzero()
+        if len(differing):
+            raise AssertionError(
+                f"{name} in one but not the other at {len(differing)} of {got.numel()} elements, "
+                f"first at {tuple(differing[0].tolist())}"
+            )
+    finite = torch.isfinite(want)
+    error = torch.where(finite, got - want, 0.0).abs()
+    excess = error - (
+        tolerance.absolute + tolerance.relative * torch.where(finite, want, 0.0).abs()
+    )
+    if got.numel() and excess.max() > 0:
+        worst = np.unravel_index(int(excess.argmax()), got.shape)
+        raise AssertionError(
+            f"{int((excess > 0).sum())} of {got.numel()} elements are off; worst at "
+            f"{tuple(int(i) for i in worst)}: {got[worst].item()} instead of "
+            f"{want[worst].item()} (allowed {tolerance.absolute} + {tolerance.relative} relative: "
+            f"{tolerance.reason})"
+        )
+
+
+def naive_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal attention of one request in float64: the oracle of the attention kernels.
+
+    q: [Q, H, D], the last Q of L tokens; keys, values: [L, K, D] -> [Q, H, D] float64.
+    """
+    query_len, heads, _ = q.shape
+    length, kv_heads, _ = keys.shape
+    k = keys.double().repeat_interleave(heads // kv_heads, dim=1)
+    v = values.double().repeat_interleave(heads // kv_heads, dim=1)
+    scores = torch.einsum("qhd,lhd->hql", q.double(), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    position = torch.arange(length - query_len, length)[:, None]
+    token = torch.arange(length)[None, :]
+    hidden = token > position
+    if sliding_window is not None:
+        hidden = hidden | (token <= position - sliding_window)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hql,lhd->qhd", weights, v)
+
+
+def random_cache(
+    num_blocks: int, kv_heads: int, page_size: int, head_dim: int, **options: Any
+) -> Tensor:
+    """A [B, 2, K, P, D] view of a cache of three layers: block strides are not those of a copy."""
+    whole = torch.randn((num_blocks, 3, 2, kv_heads, page_size, head_dim)).to(**options)
+    return whole[:, 1]

@@ -1,0 +1,59 @@
+"""The bodies in /openapi.json: endpoints read them themselves, so FastAPI has to be told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from headrace.api.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+_REF = "#/components/schemas/{model}"
+_ERRORS = {
+    "400": "The request is at fault; the message names the field and the remedy.",
+    "401": "No key, or a wrong one.",
+    "404": "No such model.",
+    "413": "The body is too large.",
+    "429": "The queue is full; come back after Retry-After seconds.",
+    "500": "A bug, or a lost engine.",
+    "503": "Loading or shutting down; come back after Retry-After seconds.",
+}
+
+
+def describe(app: FastAPI) -> None:
+    """Make `app.openapi` tell of the request bodies. The work is done on the first request."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _add_bodies(schema)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_bodies(schema: dict[str, Any]) -> None:
+    kinds = [(kind, "validation") for kind in _BODIES.values()]
+    _, definitions = models_json_schema(kinds, ref_template=_REF)  # type: ignore[arg-type]
+    schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+    schemas.update(definitions["$defs"])
+    for path, kind in _BODIES.items():
+        operation = schema["paths"][path]["post"]
+        content = {"application/json": {"schema": {"$ref": _REF.format(model=kind.__name__)}}}
+        operation["requestBody"] = {"required": True, "content": content}
+        operation["responses"].update({code: {"description": t} for code, t in _ERRORS.items()})

@@ -1,0 +1,183 @@
+"""What a request computes depends only on its own tokens: bit-equal logits, however it is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from headrace.config import (
+    CacheOptions,
+    DeviceOptions,
+    EngineConfig,
+    ModelOptions,
+    SchedulerOptions,
+)
+from headrace.engine.build import build_engine
+from headrace.sampling_params import GenerateRequest, SamplingParams
+
+Logits = dict[tuple[int, int], torch.Tensor]
+
+VOCAB_SIZE, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 160, 48, 2, 6, 2, 16, 96
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small random Llama with grouped-query attention, in the Hugging Face layout."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    generator = torch.Generator().manual_seed(1)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {"model.embed_tokens.weight": weight(VOCAB_SIZE, HIDDEN)}
+    tensors["model.norm.weight"] = torch.ones(HIDDEN)
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        shapes = {
+            "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
+            "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
+            "mlp.gate_proj": (MLP, HIDDEN),
+            "mlp.up_proj": (MLP, HIDDEN),
+            "mlp.down_proj": (HIDDEN, MLP),
+        }
+        tensors |= {f"{prefix}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{name}.weight"] = torch.ones(HIDDEN)
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_requests(count: int) -> list[GenerateRequest]:
+    """Ragged prompts, some with a common beginning, each with a seed of its own."""
+    rng = np.random.default_rng(2)
+    common = rng.integers(1, VOCAB_SIZE, 70).tolist()
+    requests = []
+    for index in range(count):
+        own = rng.integers(1, VOCAB_SIZE, int(rng.integers(1, 90))).tolist()
+        prompt = common[: int(rng.integers(20, 70))] + own if index % 2 else own
+        sampling = SamplingParams(
+            max_tokens=int(rng.integers(1, 24)),
+            temperature=0.9,
+            top_p=0.95,
+            seed=index,
+            ignore_eos=True,
+        )
+        requests.append(
+            GenerateRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling)
+        )
+    return requests
+
+
+class Recorder:
+    """An engine that keeps the logits it sampled from, by (seed, position)."""
+
+    def __init__(
+        self, checkpoint: Path, *, budget: int = 256, kv_bytes: int = 1 << 21, keep_every: int = 1
+    ) -> None:
+        self.engine = build_engine(
+            EngineConfig(
+                model=str(checkpoint),
+                model_options=ModelOptions(dtype="float32", max_model_len=256),
+                cache=CacheOptions(kv_cache_memory_bytes=kv_bytes, block_size=4),
+                scheduler=SchedulerOptions(max_num_seqs=16, max_num_batched_tokens=budget),
+                device=DeviceOptions(device="cpu", threads=2 if keep_every > 1 else 1),
+            )
+        )
+        self.logits: Logits = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.preemptions = 0
+        sampler = self.engine._runner._sampler
+        sample = sampler.sample
+
+        def record(logits, batch):
+            result = sample(logits, batch)
+            for row, key in enumerate(
+                zip(batch.seed.tolist(), batch.position.tolist(), strict=True)
+            ):
+                self.logits[key] = logits[row, ::keep_every].clone()
+                self.tokens.setdefault(key[0], []).append(int(result.token_ids[row]))
+            return result
+
+        sampler.sample = record
+
+    def run(self, requests: list[GenerateRequest]) -> Recorder:
+        for handle, request in enumerate(requests):
+            self.engine.add(request, handle)
+        while self.engine.has_work:
+            outputs = self.engine.step()
+            self.preemptions = outputs.stats.preemptions
+            self.engine.check_invariants()
+        return self
+
+
+def assert_same(expected: Logits, actual: Logits) -> None:
+    assert expected.keys() == actual.keys()
+    different = [key for key in expected if not torch.equal(expected[key], actual[key])]
+    assert not different, f"logits differ at (request, position) {different[:5]}"
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint) -> Recorder:
+    """Each request by itself, in an engine that has seen the ones before: no cache."""
+    recorder = Recorder(checkpoint)
+    for request in make_requests(24):
+        recorder.engine.reset_prefix_cache()
+        recorder.run([request])
+    return recorder
+
+
+@pytest.mark.parametrize("budget", [16, 37, 256])
+def test_batched_and_chunked(checkpoint, alone, budget):
+    together = Recorder(checkpoint, budget=budget).run(make_requests(24))
+    assert_same(alone.logits, together.logits)
+    assert alone.tokens == together.tokens
+
+
+def test_after_cache_hits(checkpoint, alone):
+    recorder = Recorder(checkpoint).run(make_requests(24))
+    recorder.logits.clear()
+    before = recorder.engine.stats().prefix_hit_tokens
+    recorder.run(make_requests(24))
+    assert recorder.engine.stats().prefix_hit_tokens > before + 500, "the cache must have hit"
+    assert_same(alone.logits, recorder.logits)
+
+
+def test_after_preemptions(checkpoint, alone):
+    full_request = 256 * 2 * LAYERS * KV_HEADS * HEAD_DIM * 4
+    recorder = Recorder(checkpoint, kv_bytes=full_request).run(make_requests(24))
+    assert recorder.preemptions > 0, "the pool must be too small"
+    assert_same(alone.logits, recorder.logits)
+
+
+@pytest.mark.slow
+def test_200_requests_with_real_weights(smollm2_path):
+    """The same on SmolLM2: one after another against together, at a budget that cuts prompts."""
+    requests = make_requests(200)
+    together = Recorder(smollm2_path, budget=64, kv_bytes=1 << 27, keep_every=97).run(requests)
+    single = Recorder(smollm2_path, kv_bytes=1 << 27, keep_every=97)
+    for request in requests:
+        single.engine.reset_prefix_cache()
+        single.run([request])
+    assert_same(single.logits, together.logits)

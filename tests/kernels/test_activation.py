@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headrace_kernels.ops.activation import silu_and_mul
+from headrace_kernels.testing import TOLERANCES, assert_close, poisoned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1536), (5, 33), (0, 16)])
+def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    gate_up = (3 * torch.randn(shape[0], 2 * shape[1])).to(dtype)
+    out = silu_and_mul(gate_up, poisoned(*shape, dtype=dtype))
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_close(out, gate * torch.sigmoid(gate) * up, TOLERANCES["activation", dtype])
+
+
+def test_gates_far_from_zero_do_not_overflow() -> None:
+    gate_up = torch.tensor([[-1e4, -100.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0]])
+    assert silu_and_mul(gate_up).tolist() == [[0.0, pytest.approx(0.0), 100.0, 1e4]]
+
+
+def test_a_row_depends_on_itself_only(threads: int) -> None:
+    gate_up = torch.randn(520, 2 * 333)
+    whole = silu_and_mul(gate_up)
+    for first, last in ((0, 8), (8, 24), (24, 520)):
+        assert torch.equal(silu_and_mul(gate_up[first:last]), whole[first:last])
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="even width, not 3"):
+        silu_and_mul(torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"out must have shape \(2, 2\)"):
+        silu_and_mul(torch.randn(2, 4), torch.empty(2, 4))

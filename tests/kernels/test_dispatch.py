@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from headrace_kernels import dispatch
+from headrace_kernels.dispatch import Candidate, KernelFacts, KernelUnavailableError
+from headrace_kernels.reference import activation, attention, norm
+
+FACTS = KernelFacts(device="cpu", arch="x86_64", dtype=torch.float32, head_dim=64, page_size=16)
+
+
+@pytest.fixture
+def picky(monkeypatch: pytest.MonkeyPatch) -> Candidate:
+    """A first candidate for `norm` that wants bfloat16."""
+    candidate = Candidate(
+        "picky",
+        "headrace_kernels.reference.norm",
+        batch_invariant=False,
+        declines=lambda facts: None if facts.dtype == torch.bfloat16 else "needs bfloat16",
+    )
+    candidates = {**dispatch.CANDIDATES, "norm": (candidate, *dispatch.CANDIDATES["norm"])}
+    monkeypatch.setattr(dispatch, "CANDIDATES", candidates)
+    return candidate
+
+
+def test_the_reference_runs_everywhere() -> None:
+    kernels = dispatch.choose(FACTS)
+    assert dict(kernels.names) == dict.fromkeys(dispatch.OPS, "reference")
+    assert kernels.batch_invariant
+    assert kernels.paged_attention is attention.paged_attention
+    assert kernels.add_rms_norm is norm.add_rms_norm
+    assert kernels.silu_and_mul is activation.silu_and_mul
+
+
+def test_every_op_of_every_stem_is_in_the_set() -> None:
+    ops = {name for names in dispatch.OPS.values() for name in names}
+    fields = {field.name for field in dataclasses.fields(dispatch.KernelSet)}
+    assert fields == ops | {"names", "batch_invariant"}
+
+
+def test_the_first_that_does_not_decline_is_taken(picky: Candidate) -> None:
+    assert dict(dispatch.choose(FACTS).names)["norm"] == "reference"
+    kernels = dispatch.choose(dataclasses.replace(FACTS, dtype=torch.bfloat16))
+    assert dict(kernels.names)["norm"] == "picky"
+    assert not kernels.batch_invariant
+
+
+def test_an_explicit_choice_is_honoured_or_refused(picky: Candidate) -> None:
+    bf16 = dataclasses.replace(FACTS, dtype=torch.bfloat16)
+    assert dict(dispatch.choose(bf16, {"norm": "reference"}).names)["norm"] == "reference"
+    with pytest.raises(
+        KernelUnavailableError,
+        match=r"norm kernel 'picky' cannot run here \(picky: needs bfloat16\).*picky, reference",
+    ):
+        dispatch.choose(FACTS, {"norm": "picky"})
+    with pytest.raises(KernelUnavailableError, match="no kernel 'fast'; it has picky, reference"):
+        dispatch.choose(FACTS, {"norm": "fast"})
+    with pytest.raises(KernelUnavailableError, match="no op 'nrom'; the ops are norm, rope"):
+        dispatch.choose(FACTS, {"nrom": "reference"})
+
+
+def test_no_candidate_left() -> None:
+    with pytest.raises(
+        KernelUnavailableError, match=r"No attention kernel can run here \(reference: page size 48"
+    ):
+        dispatch.choose(dataclasses.replace(FACTS, page_size=48))
+
+
+def test_explain_says_why(picky: Candidate) -> None:
+    reasons = {
+        (d.stem, d.candidate): (d.chosen, d.reason)
+        for d in dispatch.explain(FACTS, {"rope": "reference"})
+    }
+    assert reasons["norm", "picky"] == (False, "needs bfloat16")
+    assert reasons["norm", "reference"] == (True, "first that can run")
+    assert reasons["rope", "reference"] == (True, "asked for")
+    bf16 = dataclasses.replace(FACTS, dtype=torch.bfloat16)
+    passed_over = next(d for d in dispatch.explain(bf16) if d.candidate == "reference")
+    assert passed_over.reason == "picky was chosen"

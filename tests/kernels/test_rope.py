@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from headrace_kernels.ops.rope import rope_and_write_kv
+from headrace_kernels.testing import (
+    HEAD_SHAPES,
+    TOLERANCES,
+    assert_close,
+    poisoned,
+    ragged_batch,
+    random_cache,
+)
+
+LENGTHS = [(1, 17), (20, 20), (3, 33)]
+
+
+def table(max_positions: int, rotary_dim: int) -> Tensor:
+    frequencies = 100.0 ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / 32)
+    angles = torch.arange(max_positions)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()), dim=1).float()
+
+
+def naive(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotation as a product of complex numbers, in float64. heads: [T, N, D]."""
+    half = cos_sin.shape[-1]
+    turn = torch.complex(*cos_sin.double()[positions].unbind(1))[:, None]
+    pairs = torch.complex(heads[..., :half].double(), heads[..., half : 2 * half].double()) * turn
+    return torch.cat((pairs.real, pairs.imag, heads[..., 2 * half :].double()), dim=-1)
+
+
+def normed(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+    heads = heads.double()
+    return heads / (heads.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("heads", HEAD_SHAPES)
+def test_rotates_and_writes(
+    heads: tuple[int, int, int],
+    page_size: int,
+    qk_norm: bool,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
+) -> None:
+    num_heads, kv_heads, dim = heads
+    batch = ragged_batch(LENGTHS, page_size, rng)
+    cache = random_cache(batch.num_blocks, kv_heads, page_size, dim, dtype=dtype)
+    before = cache.clone()
+    qkv = torch.randn(batch.num_rows, (num_heads + 2 * kv_heads) * dim).to(dtype)
+    q_norm, k_norm = (torch.randn(dim), torch.randn(dim)) if qk_norm else (None, None)
+    positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slot_mapping)
+    cos_sin = table(64, dim)
+    q = rope_and_write_kv(
+        qkv,
+        positions,
+        cos_sin,
+        cache,
+        slots,
+        poisoned(batch.num_rows, num_heads, dim, dtype=dtype),
+        q_norm,
+        k_norm,
+        1e-6,
+    )
+    split = qkv.view(batch.num_rows, -1, dim).split((num_heads, kv_heads, kv_heads), dim=1)
+    query, key, value = split
+    if q_norm is not None and k_norm is not None:
+        query, key = normed(query, q_norm, 1e-6), normed(key, k_norm, 1e-6)
+    assert_close(q, naive(query, positions, cos_sin), TOLERANCES["rope", dtype])
+
+    used = slots >= 0
+    block, offset = slots[used] // page_size, slots[used] % page_size
+    expected_key = naive(key, positions, cos_sin)[used]
+    assert_close(cache[block, 0, :, offset], expected_key, TOLERANCES["rope", dtype])
+    assert torch.equal(cache[block, 1, :, offset], value[used])
+    cache[block, :, :, offset] = before[block, :, :, offset]
+    assert torch.equal(cache, before), "a slot of no token was written"
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 8])
+def test_values_behind_the_rotary_dimension_stay(rotary_dim: int, rng: np.random.Generator) -> None:
+    batch = ragged_batch(LENGTHS, 16, rng)
+    cache = random_cache(batch.num_blocks, 1, 16, 32)
+    qkv = torch.randn(batch.num_rows, 3 * 32)
+    positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slot_mapping)
+    cos_sin = table(64, rotary_dim)
+    q = rope_and_write_kv(qkv, positions, cos_sin, cache, slots)
+    query = qkv.view(-1, 3, 32)[:, :1]
+    assert torch.equal(q[..., rotary_dim:], query[..., rotary_dim:])
+    assert_close(q, naive(query, positions, cos_sin), TOLERANCES["rope", torch.float32])
+
+
+def test_a_row_depends_on_itself_only(threads: int, rng: np.random.Generator) -> None:
+    batch = ragged_batch([(200, 200)], 16, rng)
+    qkv, norm, cos_sin = torch.randn(batch.num_rows, 15 * 64), torch.randn(64), table(256, 64)
+    positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slot_mapping)
+
+    def run(*borders: int) -> tuple[Tensor, Tensor]:
+        cache = torch.zeros(batch.num_blocks, 2, 3, 16, 64)
+        parts = []
+        for first, last in zip(borders, borders[1:], strict=False):
+            rows = slice(first, last)
+            parts.append(
+                rope_and_write_kv(
+                    qkv[rows],
+                    positions[rows],
+                    cos_sin,
+                    cache,
+                    slots[rows],
+                    q_norm=norm,
+                    k_norm=norm,
+                    eps=1e-6,
+                )
+            )
+        return torch.cat(parts), cache
+
+    for whole, parts in zip(run(0, 200), run(0, 8, 64, 72, 200), strict=True):
+        assert torch.equal(whole, parts)
+
+
+def test_wrong_arguments_are_named() -> None:
+    qkv, cache = torch.randn(8, 5 * 16), torch.zeros(4, 2, 1, 16, 16)
+    positions = torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="come together"):
+        rope_and_write_kv(qkv, positions, table(8, 16), cache, positions, q_norm=torch.ones(16))
+    with pytest.raises(ValueError, match="rotates 32 values of heads that have 16"):
+        rope_and_write_kv(qkv, positions, table(8, 32), cache, positions)
+    with pytest.raises(ValueError, match="does not hold heads of 16"):
+        rope_and_write_kv(qkv[:, 1:], positions, table(8, 16), cache, positions)
+    with pytest.raises(ValueError, match="slot_mapping must be torch.int64"):
+        rope_and_write_kv(qkv, positions, table(8, 16), cache, positions.int())
