@@ -41,6 +41,7 @@ class RaggedBatch:
     slot_mapping: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     num_blocks: int
+    page_size: int
 
     @property
     def num_rows(self) -> int:
@@ -54,11 +55,10 @@ class RaggedBatch:
 
     def slots_of(self, request: int) -> npt.NDArray[np.int64]:
         """The slot of each cached token of a request."""
-        page_size = self.page_size
         token = np.arange(self.seq_lens[request])
-        return self.block_table[request, token // page_size] * page_size + token % page_size
-
-    page_size: int = 16
+        blocks = self.block_table[request, token // self.page_size]
+        slots: npt.NDArray[np.int64] = blocks * self.page_size + token % self.page_size
+        return slots
 
 
 def ragged_batch(
@@ -139,9 +139,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance) -> None
             )
     finite = torch.isfinite(want)
     error = torch.where(finite, got - want, 0.0).abs()
-    excess = error - (
-        tolerance.absolute + tolerance.relative * torch.where(finite, want, 0.0).abs()
-    )
+    allowed = tolerance.absolute + tolerance.relative * torch.where(finite, want, 0.0).abs()
+    excess = error - allowed
     if got.numel() and excess.max() > 0:
         worst = np.unravel_index(int(excess.argmax()), got.shape)
         raise AssertionError(

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(kernels, server=False)
     kernels.set_defaults(run=_kernels)
 
-    # _add_bench(commands)
+    _add_bench(commands)
     return parser
 
 

@@ -202,6 +202,8 @@ def load_options(
             values[name] = _coerce(spec, environment[variable], variable)
             sources[name] = "environment"
     for name, value in flags.items():
+        if name not in specs:
+            raise ConfigError(f"There is no option {name!r}{_nearest(name, specs)}.")
         values[name] = value
         sources[name] = "flag"
     groups = {
@@ -325,85 +327,48 @@ CPU_KV_LIMIT = 4 * GIB
 def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> ResolvedConfig:
     """Choose every open value. Pure. Raises ConfigError, with a remedy, if the model cannot run."""
     on_cpu = hardware.device == "cpu"
-    why: dict[str, str] = {}
-
-    def pick(name: str, chosen: Any, default: Any, reason: str) -> Any:
-        why[name] = reason if chosen is None else "given"
-        return default if chosen is None else chosen
-
+    default = f"default on {hardware.device}"
+    pick = _Picker()
     threads = pick("threads", config.device.threads, hardware.cores, "cores this process may use")
-    dtype, why["dtype"] = _resolve_dtype(config.model_options.dtype, hardware, model)
-    block_size = pick(
-        "block_size", config.cache.block_size, 16 if on_cpu else 64, f"default on {hardware.device}"
-    )
+    block_size = pick("block_size", config.cache.block_size, 16 if on_cpu else 64, default)
     max_num_seqs = pick(
-        "max_num_seqs",
-        config.scheduler.max_num_seqs,
-        64 if on_cpu else 256,
-        f"default on {hardware.device}",
+        "max_num_seqs", config.scheduler.max_num_seqs, 64 if on_cpu else 256, default
     )
     budget = pick(
         "max_num_batched_tokens",
         config.scheduler.max_num_batched_tokens,
         max(256 if on_cpu else 8192, max_num_seqs),
-        f"default on {hardware.device}",
+        default,
     )
-    for name, value in (
-        ("threads", threads),
-        ("block_size", block_size),
-        ("max_num_seqs", max_num_seqs),
-    ):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}.")
     if budget < max_num_seqs:
         raise ConfigError(
             f"max_num_batched_tokens ({budget}) must be at least max_num_seqs ({max_num_seqs}): "
             "every running request needs one token a step. Raise it or lower max_num_seqs."
         )
-
-    weight_bytes = model.num_parameters * DTYPE_BYTES[dtype]
-    free = hardware.memory_bytes - weight_bytes
-    if free <= 0:
-        raise ConfigError(
-            f"The weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {dtype}, and "
-            f"{hardware.memory_bytes / GIB:.1f} GiB are free on {hardware.device}. "
-            "Free memory, choose a smaller model, or a smaller --dtype."
-        )
+    dtype, pick.why["dtype"] = _resolve_dtype(config.model_options.dtype, hardware, model)
+    weight_bytes = _weight_bytes(dtype, hardware, model)
     kv_bytes_per_token = model.kv_elements_per_token * DTYPE_BYTES[dtype]
+    limit = model.max_position_embeddings
     max_model_len = pick(
-        "max_model_len",
-        config.model_options.max_model_len,
-        model.max_position_embeddings,
-        "the model's own limit",
+        "max_model_len", config.model_options.max_model_len, limit, "the model's own limit"
     )
-    if not 1 < max_model_len <= model.max_position_embeddings:
+    if not 1 < max_model_len <= limit:
         raise ConfigError(
-            f"max_model_len must be in [2, {model.max_position_embeddings}] for {model.name}, "
-            f"got {max_model_len}."
+            f"max_model_len must be in [2, {limit}] for {model.name}, got {max_model_len}."
         )
-    share = CPU_KV_SHARE if on_cpu else GPU_KV_SHARE
     useful = max_num_seqs * max_model_len * kv_bytes_per_token
-    automatic = min(int(free * share), useful, CPU_KV_LIMIT if on_cpu else useful)
     kv_bytes = pick(
         "kv_cache_bytes",
         config.cache.kv_cache_memory_bytes,
-        automatic,
-        f"{share:.0%} of free memory, at most what {max_num_seqs} full requests need"
-        + (f" and {CPU_KV_LIMIT // GIB} GiB" if on_cpu else ""),
+        *_automatic_kv_bytes(hardware.memory_bytes - weight_bytes, useful, on_cpu=on_cpu),
     )
     num_blocks = kv_bytes // (kv_bytes_per_token * block_size)
-    capacity = num_blocks * block_size
-    if capacity < max_model_len:
-        if config.model_options.max_model_len is not None or capacity < 2 * block_size:
-            needed = max_model_len * kv_bytes_per_token
-            raise ConfigError(
-                f"The KV cache of {kv_bytes / MIB:.0f} MiB holds {capacity} tokens, fewer than "
-                f"max_model_len ({max_model_len}). Give --kv-cache-memory-bytes "
-                f"{-(-needed // MIB)}MiB or a smaller --max-model-len."
-            )
-        max_model_len = capacity
-        why["max_model_len"] = "what the KV cache holds"
-    why["num_blocks"] = "kv_cache_bytes / bytes of a block"
+    pick.why["num_blocks"] = "kv_cache_bytes / bytes of a block"
+    if num_blocks * block_size < max_model_len:
+        if config.model_options.max_model_len is not None or num_blocks < 2:
+            raise _too_small(kv_bytes, num_blocks * block_size, max_model_len, kv_bytes_per_token)
+        max_model_len = num_blocks * block_size
+        pick.why["max_model_len"] = "what the KV cache holds"
     return ResolvedConfig(
         device=hardware.device,
         threads=threads,
@@ -419,7 +384,49 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         enable_prefix_caching=config.cache.enable_prefix_caching,
         prefix_cache_key=config.cache.prefix_cache_key,
         kernel=config.device.kernel,
-        why=why,
+        why=pick.why,
+    )
+
+
+class _Picker:
+    """Takes what was given, or else the default, and remembers why."""
+
+    def __init__(self) -> None:
+        self.why: dict[str, str] = {}
+
+    def __call__(self, name: str, given: int | None, default: int, reason: str) -> int:
+        self.why[name] = reason if given is None else "given"
+        value = default if given is None else given
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+        return value
+
+
+def _weight_bytes(dtype: str, hardware: Hardware, model: ModelFacts) -> int:
+    weight_bytes = model.num_parameters * DTYPE_BYTES[dtype]
+    if weight_bytes < hardware.memory_bytes:
+        return weight_bytes
+    raise ConfigError(
+        f"The weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {dtype}, and "
+        f"{hardware.memory_bytes / GIB:.1f} GiB are free on {hardware.device}. "
+        "Free memory, choose a smaller model, or a smaller --dtype."
+    )
+
+
+def _automatic_kv_bytes(free: int, useful: int, *, on_cpu: bool) -> tuple[int, str]:
+    share, limit = (CPU_KV_SHARE, CPU_KV_LIMIT) if on_cpu else (GPU_KV_SHARE, useful)
+    reason = f"{share:.0%} of free memory, at most what max_num_seqs full requests need"
+    if on_cpu:
+        reason += f" and {CPU_KV_LIMIT // GIB} GiB"
+    return max(1, min(int(free * share), useful, limit)), reason
+
+
+def _too_small(kv_bytes: int, capacity: int, max_model_len: int, per_token: int) -> ConfigError:
+    needed = -(-max_model_len * per_token // MIB)
+    return ConfigError(
+        f"The KV cache of {kv_bytes / MIB:.0f} MiB holds {capacity} tokens, fewer than "
+        f"max_model_len ({max_model_len}). Give --kv-cache-memory-bytes {needed}MiB or a smaller "
+        "--max-model-len."
     )
 
 

@@ -24,8 +24,7 @@ from headrace.api.api_config import ApiConfig
 from headrace.api.app import create_app
 from headrace.api.model_table import ModelTable, ServedModel
 from headrace.config import EngineConfig, ServerOptions
-from headrace.engine.client import ModelInfo
-from headrace.engine.live_requests import QueueLimits
+from headrace.engine.client import ModelInfo, QueueLimits
 from headrace.engine.process_client import ProcessEngineClient
 from headrace.errors import ConfigError, HeadraceError
 from headrace.loading.checkpoint import open_checkpoint

@@ -189,7 +189,7 @@ class FakeEngine:
         output = self._output(
             stream,
             tokens,
-            finish_reason=reason,
+            finished_reason=reason,
             stop_token_id=stop_token_id,
             error=error,
             record=record,
@@ -228,7 +228,7 @@ class FakeEngine:
         request, now = stream.request, time.monotonic()
         return RequestRecord(
             request_id=request.request_id,
-            finish_reason=reason,
+            finished_reason=reason,
             prompt_tokens=len(request.prompt_token_ids),
             output_tokens=made,
             cached_tokens=min(4, len(request.prompt_token_ids)),
@@ -258,6 +258,14 @@ class Site:
     def services(self) -> Any:
         return self.app.state.services
 
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample of our own metrics; 0 for a series that does not exist yet."""
+        return self.metrics.registry.get_sample_value(f"headrace_{name}", labels) or 0.0
+
+    def finished(self, reason: str) -> float:
+        """How many requests the metrics say have ended so."""
+        return self.metric("requests_finished_total", model_name=MODEL, finished_reason=reason)
+
     async def settle(self) -> None:
         """Wait until the engine has nothing to do and every account is closed."""
         async with asyncio.timeout(5):
@@ -272,7 +280,7 @@ def make_site(template: str | None = TEMPLATE, **options: Any) -> Site:
         name=MODEL,
         client=engine,
         text=TextProcessor(tokenizer, template),
-        digest="0123456789abcdef0123456789abcdef",
+        digest="sha256:0123456789abcdef0123456789abcdef",
         aliases=("tiny",),
         created=1_700_000_000,
     )

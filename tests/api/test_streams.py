@@ -21,9 +21,7 @@ BODY = {"model": "tiny", "messages": MESSAGES}
 async def raw_stream(url: str, **more: Any) -> tuple[int, list[str]]:
     """Status and events of a chat stream, read to its end."""
     async with httpx.AsyncClient(base_url=url) as client:
-        response = await client.post(
-            "/v1/chat/completions", json={**BODY, "stream": True, **more}
-        )
+        response = await client.post("/v1/chat/completions", json={**BODY, "stream": True, **more})
     return response.status_code, [event for event in response.text.split("\n\n") if event]
 
 
@@ -59,9 +57,7 @@ async def test_an_error_in_the_middle_is_an_event_and_no_end(server: Any, how: s
 async def test_the_official_client_raises_on_such_an_event(server: Any, how: str) -> None:
     setattr(server.site.engine, how, 3)
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
-        stream = await client.chat.completions.create(
-            model="tiny", messages=MESSAGES, stream=True
-        )
+        stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
         with pytest.raises(openai.APIError, match="(?i)engine"):
             async for _ in stream:
                 pass
@@ -120,9 +116,7 @@ async def test_leaving_a_stream_aborts_it(server: Any, n: int) -> None:
             break
     await until(lambda: len(engine.aborted) == n)
     await server.site.settle()
-    assert len(server.site.services.ledger) == 0
-    finished = f'finish_reason="abort",model_name="org/tiny"}} {n}.0'
-    assert finished in server.site.metrics.render().decode()
+    assert server.site.finished("abort") == n
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.bench.measure import Spread, Trace, summarize
@@ -111,6 +111,7 @@ def test_without_usage_events_with_text_stand_for_tokens() -> None:
     assert trace.tpot == pytest.approx(0.2)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(0.001, 5), min_size=2, max_size=30),
     st.floats(0, 1),

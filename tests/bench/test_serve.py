@@ -7,7 +7,7 @@ import asyncio
 import json
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -15,8 +15,7 @@ from headrace.bench.http_client import HttpClient
 from headrace.bench.serve import add_arguments, run
 from headrace.errors import ConfigError
 
-if TYPE_CHECKING:
-    from conftest import FakeServer
+FakeServer = Any  # the fixture of conftest.py, which tests cannot import
 
 Captured = pytest.CaptureFixture[str]
 
@@ -80,9 +79,7 @@ def test_a_file_of_messages(server: FakeServer, tmp_path: Path, capsys: Captured
     assert "add --endpoint chat" in capsys.readouterr().err
 
 
-def test_requests_are_sent_when_due_and_the_lag_is_small(
-    server: FakeServer, tmp_path: Path
-) -> None:
+def test_requests_are_sent_when_due_never_before(server: FakeServer, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     load = ("--request-rate", "40", "--burstiness", "inf")
     assert bench(server.url, *load, "--save-result", str(path), "--save-detailed") == 0
@@ -107,7 +104,7 @@ def test_concurrency_is_bounded_and_a_scheduled_request_that_waits_pays_for_it(
     # A closed loop has no schedule to be late for.
     assert bench(server.url, *options) == 0
     closed = json.loads(path.read_text())
-    assert closed["send_lag_ms"]["max"] < 20
+    assert closed["send_lag_ms"]["max"] < scheduled["send_lag_ms"]["max"]
     assert server.most_at_once == 2
 
 

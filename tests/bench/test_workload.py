@@ -1,4 +1,4 @@
-"""Prompts and arrival times: lengths, sharing, seeds, files and the shape of the arrival process."""
+"""Prompts and arrival times: lengths, sharing, seeds, files the shape of the arrivals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.bench.workload import Prompt, RandomWorkload, arrival_times, read_file
@@ -56,6 +56,7 @@ def test_impossible_arrivals_are_named(rate: float, burstiness: float, option: s
         arrival_times(3, rate, burstiness, rng())
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 60),
     st.integers(1, 40),

@@ -69,12 +69,13 @@ class Server:
         return socket.create_connection(self.address, timeout=PATIENCE)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, summed over its labels but for `state` and `reason`, which
+        """Every sample of /metrics, summed over its labels but for states and reasons, which
         become part of the name: `headrace_kv_cache_blocks{used}`."""
         samples: dict[str, float] = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
-                label = sample.labels.get("state") or sample.labels.get("reason")
+                kept = sample.labels.keys() & {"state", "reason", "finished_reason"}
+                label = "".join(sample.labels[name] for name in kept)
                 name = f"{sample.name}{{{label}}}" if label else sample.name
                 samples[name] = samples.get(name, 0.0) + sample.value
         return samples
@@ -101,7 +102,7 @@ class Server:
         """The engine process that lives now."""
         for child in psutil.Process(self.process.pid).children():
             if "headrace.engine.process" in child.cmdline():
-                return child.pid
+                return int(child.pid)
         return None
 
     def kill_engine(self) -> None:
@@ -283,7 +284,8 @@ def _tiny_weights() -> dict[str, np.ndarray]:
     vocab, hidden, intermediate = 259, 64, 128
 
     def matrix(rows: int, columns: int) -> np.ndarray:
-        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        drawn: np.ndarray = rng.standard_normal((rows, columns), np.float32)
+        return drawn / np.float32(columns**0.5)
 
     weights = {
         "model.embed_tokens.weight": matrix(vocab, hidden) * 8,

@@ -268,8 +268,8 @@ def test_request_id_is_echoed_or_made(server: Server, client: openai.OpenAI) -> 
     assert response.headers["x-request-id"] == "order-66"
     made = [server.get("/v1/models").headers["x-request-id"] for _ in range(2)]
     assert made[0] != made[1] and all(re.fullmatch(r"[0-9a-f]{32}", one) for one in made)
-    hostile = httpx.get(f"{server.url}/version", headers={"x-request-id": "a b\x7f"})
-    assert hostile.headers["x-request-id"] != "a b\x7f"
+    hostile = httpx.get(f"{server.url}/version", headers={"x-request-id": "two words"})
+    assert hostile.headers["x-request-id"] != "two words"
 
 
 def test_metrics_move_and_account(server: Server, client: openai.OpenAI) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,13 @@ from headrace_kernels.testing import (
 )
 
 
-def expected_attention(q: Tensor, cache: Tensor, batch: RaggedBatch, *options: object) -> Tensor:
+def expected_attention(
+    q: Tensor,
+    cache: Tensor,
+    batch: RaggedBatch,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
     """The oracle, request by request; 0 for padding."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     by_slot = cache.permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], cache.shape[4])
@@ -30,7 +38,8 @@ def expected_attention(q: Tensor, cache: Tensor, batch: RaggedBatch, *options: o
     for request, query_len in enumerate(batch.query_lens):
         keys, values = by_slot[:, batch.slots_of(request)]
         rows = slice(begin, begin + int(query_len))
-        out[rows] = naive_attention(q[rows], keys, values, q.shape[-1] ** -0.5, *options)  # type: ignore[arg-type]
+        scale = q.shape[-1] ** -0.5
+        out[rows] = naive_attention(q[rows], keys, values, scale, window, soft_cap)
         begin += int(query_len)
     return out
 
@@ -44,15 +53,16 @@ def forget_other_slots(cache: Tensor, batch: RaggedBatch) -> None:
     cache.masked_fill_(unused[:, None, None, :, None], float("nan"))
 
 
-def run(q: Tensor, cache: Tensor, batch: RaggedBatch, *options: object) -> Tensor:
-    return paged_attention(
-        q,
-        cache,
-        batch.metadata(),
-        q.shape[-1] ** -0.5,
-        *options,  # type: ignore[arg-type]
-        out=poisoned(*q.shape, dtype=q.dtype),
-    )
+def run(
+    q: Tensor,
+    cache: Tensor,
+    batch: RaggedBatch,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    out = poisoned(*q.shape, dtype=q.dtype)
+    scale = q.shape[-1] ** -0.5
+    return paged_attention(q, cache, batch.metadata(), scale, window, soft_cap, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,9 +128,7 @@ def test_large_scores_do_not_overflow(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("heads", [(9, 3, 64), (4, 4, 16)])
-@pytest.mark.parametrize("page_size", [16, 64])
 def test_a_row_depends_on_its_request_only(
-    page_size: int,
     heads: tuple[int, int, int],
     window: int | None,
     threads: int,
@@ -128,14 +136,14 @@ def test_a_row_depends_on_its_request_only(
 ) -> None:
     """One request alone, in chunks, token by token, and beside others: equal bits."""
     num_heads, kv_heads, dim = heads
-    length = 210
+    length = 150
     q_all, kv_all = torch.randn(length, num_heads, dim), torch.randn(length, 2, kv_heads, dim)
 
-    def attend(first: int, last: int, before: list[tuple[int, int]] = ()) -> Tensor:  # type: ignore[assignment]
-        batch = ragged_batch([*before, (last - first, last), (1, 33)], page_size, rng)
-        cache = random_cache(batch.num_blocks, kv_heads, page_size, dim)
+    def attend(first: int, last: int, before: Sequence[tuple[int, int]] = ()) -> Tensor:
+        batch = ragged_batch([*before, (last - first, last), (1, 33)], 16, rng)
+        cache = random_cache(batch.num_blocks, kv_heads, 16, dim)
         slots = batch.slots_of(len(before))
-        cache[slots // page_size, :, :, slots % page_size] = kv_all[:last]
+        cache[slots // 16, :, :, slots % 16] = kv_all[:last]
         q = torch.randn(batch.num_rows, num_heads, dim)
         begin = sum(query for query, _ in before)
         q[begin : begin + last - first] = q_all[first:last]

@@ -67,8 +67,9 @@ def test_rotates_and_writes(
         k_norm,
         1e-6,
     )
-    split = qkv.view(batch.num_rows, -1, dim).split((num_heads, kv_heads, kv_heads), dim=1)
-    query, key, value = split
+    by_head = qkv.view(batch.num_rows, -1, dim)
+    query, key = by_head[:, :num_heads], by_head[:, num_heads : num_heads + kv_heads]
+    value = by_head[:, num_heads + kv_heads :]
     if q_norm is not None and k_norm is not None:
         query, key = normed(query, q_norm, 1e-6), normed(key, k_norm, 1e-6)
     assert_close(q, naive(query, positions, cos_sin), TOLERANCES["rope", dtype])

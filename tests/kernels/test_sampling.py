@@ -326,9 +326,8 @@ def test_token_logprobs_are_those_of_the_softmax(vocab_size: int, k: int) -> Non
     count = min(k, vocab_size)
     assert top_ids.shape == top.shape == (5, count)
     # float32 logarithms of sums of up to 50 000 float32 exponentials.
-    torch.testing.assert_close(
-        chosen.double(), exact.gather(1, ids[:, None])[:, 0], rtol=1e-6, atol=5e-6
-    )
+    own = exact.gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(chosen.double(), own, rtol=1e-6, atol=5e-6)
     torch.testing.assert_close(top.double(), expected.values[:, :count], rtol=1e-6, atol=5e-6)
     assert torch.equal(top_ids, expected.indices[:, :count])
     for row in range(5):
@@ -344,6 +343,18 @@ def test_equal_logits_are_listed_from_the_lowest_id_up() -> None:
     fewer = sampling.token_logprobs(logits, torch.tensor([1, 1]), 2)
     assert torch.equal(fewer[1], top_ids[:, :2])
     assert torch.equal(fewer[2], top[:, :2])
+
+
+def test_logprobs_of_a_broken_row_are_nan_and_harm_no_other() -> None:
+    logits, ids = torch.randn(2, 9), torch.tensor([4, 5])
+    expected = sampling.token_logprobs(logits, ids, 3)
+    logits[0, 2] = math.nan
+    for rows in ([0, 1], [0]):
+        chosen, top_ids, top = sampling.token_logprobs(logits[rows], ids[rows], 3)
+        assert chosen[0].isnan() and top[0].isnan().all()
+        assert top_ids.shape == top.shape == (len(rows), 3)
+        for values, whole in zip((chosen, top_ids, top), expected, strict=True):
+            assert torch.equal(values[1:], whole[1 : len(rows)])
 
 
 @pytest.mark.parametrize(

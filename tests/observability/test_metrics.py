@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -123,6 +123,7 @@ def test_output_read_only_after_the_record_observes_one_first_token() -> None:
     assert found["headrace_generation_tokens_total"] == 5
 
 
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(
         st.tuples(

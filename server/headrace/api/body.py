@@ -87,7 +87,7 @@ def _invalid(error: ValidationError) -> InvalidRequestError:
         )
     if kind in ("model_type", "dict_type") and not first["loc"]:
         return InvalidRequestError("The body must be a JSON object.", code="invalid_type")
-    path = _without_union_tags(first["loc"])[:200]
+    path = field_path(first["loc"])[:200]
     if kind == "missing":
         return InvalidRequestError(
             f"{path} is required.", param=path, code="missing_required_parameter"
@@ -95,14 +95,6 @@ def _invalid(error: ValidationError) -> InvalidRequestError:
     text = message.removeprefix("Value error, ").removeprefix("Input ")
     code = "invalid_type" if kind.endswith(("_type", "_parsing", "_from_float")) else None
     return InvalidRequestError(f"{path} {text}.", param=path, code=code)
-
-
-def _without_union_tags(location: Sequence[str | int]) -> str:
-    """pydantic adds the member of a union that it tried ("str", "list[dict[...]]") to the path."""
-    tags = ("str", "int", "list[", "dict[")
-    return field_path(
-        [part for part in location if not (isinstance(part, str) and part.startswith(tags))]
-    )
 
 
 def _too_large(limit: int) -> RequestTooLargeError:

@@ -55,6 +55,17 @@ Stop = Annotated[
 ]
 
 
+def _check_content(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return value
+    raise ValueError("must be a string or an array of objects")
+
+
+Content = Annotated[str | list[dict[str, Any]] | None, BeforeValidator(_check_content)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -150,7 +161,7 @@ class _GenerationBody(_Body):
 
 class ChatMessage(_Body):
     role: Annotated[str, Field(max_length=64)]
-    content: str | list[dict[str, Any]] | None = None
+    content: Content = None
 
 
 class _ChatPrompt(_Body):

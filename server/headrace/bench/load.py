@@ -95,8 +95,8 @@ async def run_load(
     tasks: list[asyncio.Task[Trace]] = []
     try:
         for call, offset in zip(calls, due, strict=True):
-            wait = start + offset - time.perf_counter()
-            if wait > 0:
+            # Again: timers count whole milliseconds and may end a little early.
+            while (wait := start + offset - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             tasks.append(asyncio.create_task(one(call, start + offset)))
         traces = await asyncio.gather(*tasks)

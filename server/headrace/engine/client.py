@@ -109,6 +109,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     resident_bytes: int = 0
 
 
+class QueueLimits(msgspec.Struct, frozen=True):
+    """What may wait for its first token before new requests are refused with 429."""
+
+    max_queued_requests: int
+    max_queued_tokens: int
+
+
 class EngineState(enum.StrEnum):
     LOADING = "loading"
     READY = "ready"

@@ -7,8 +7,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from headrace.engine.client import EngineState, EngineStats, ModelInfo, RequestRecord
-from headrace.engine.live_requests import LiveRequests, LiveStream, QueueLimits
+from headrace.engine.client import (
+    EngineState,
+    EngineStats,
+    ModelInfo,
+    QueueLimits,
+    RequestRecord,
+)
+from headrace.engine.live_requests import LiveRequests, LiveStream
 from headrace.errors import EngineError, UnavailableError
 from headrace.sampling_params import GenerateRequest
 

@@ -10,13 +10,13 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
 
 import msgspec
 
 from headrace.engine.client import (
     FinishReason,
     ModelInfo,
+    QueueLimits,
     RequestOutput,
     RequestRecord,
     TokenLogprobs,
@@ -33,14 +33,6 @@ from headrace.sampling_params import GenerateRequest
 
 MAX_DEATHS = 2
 """A request that was running when the engine died this often is taken for the cause, and failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class QueueLimits:
-    """What may wait for its first token before new requests are refused with 429."""
-
-    max_queued_requests: int
-    max_queued_tokens: int
 
 
 class LiveStream:

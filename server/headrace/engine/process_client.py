@@ -19,8 +19,14 @@ import msgspec
 
 from headrace.config import EngineConfig, engine_environment
 from headrace.engine.channel import FrameReader, frame, socket_pair
-from headrace.engine.client import EngineState, EngineStats, ModelInfo, RequestRecord
-from headrace.engine.live_requests import LiveRequests, LiveStream, QueueLimits
+from headrace.engine.client import (
+    EngineState,
+    EngineStats,
+    ModelInfo,
+    QueueLimits,
+    RequestRecord,
+)
+from headrace.engine.live_requests import LiveRequests, LiveStream
 from headrace.engine.process import Startup
 from headrace.engine.wire import (
     WIRE_VERSION,

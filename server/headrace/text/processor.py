@@ -25,6 +25,9 @@ class TokenizerAssets(Protocol):
     def tokenizer_config(self) -> Mapping[str, Any] | None: ...
 
     @property
+    def special_tokens_map(self) -> Mapping[str, Any] | None: ...
+
+    @property
     def chat_template(self) -> str | Mapping[str, str] | None: ...
 
     @property
@@ -62,7 +65,7 @@ class TextProcessor:
             )
         return cls.from_tokenizer_json(
             assets.tokenizer_json,
-            config=assets.tokenizer_config,
+            config={**(assets.special_tokens_map or {}), **(assets.tokenizer_config or {})},
             chat_template=template or assets.chat_template,
         )
 

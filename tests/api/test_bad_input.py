@@ -1,0 +1,245 @@
+"""Whatever is wrong with a request: a clear OpenAI error, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES: Any = [{"role": "user", "content": "Hi"}]
+
+
+async def refused(
+    http: httpx.AsyncClient, url: str, body: Any, *, status: int = 400
+) -> dict[str, Any]:
+    """The error that `body` (bytes as they are, else as JSON) is answered with."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = await http.post(url, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    answer = response.json()
+    assert set(answer) == {"error"}
+    error: dict[str, Any] = answer["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] is None or isinstance(error["code"], str)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        (b"", "invalid_json", "not valid JSON"),
+        (b"{", "invalid_json", "not valid JSON"),
+        (b'{"prompt": "a",}', "invalid_json", "not valid JSON"),
+        (b'{"prompt": "\xff\xfe"}', "invalid_json", "not valid JSON"),
+        (b'{"prompt": "\\ud800"}', "invalid_json", "not valid JSON"),
+        (b"[" * 100_000, "invalid_json", "not valid JSON"),
+        (b'{"metadata": ' + b'{"a":' * 5000, "invalid_json", "not valid JSON"),
+        (b"[]", "invalid_type", "must be a JSON object"),
+        (b'"text"', "invalid_type", "must be a JSON object"),
+        (b"null", "invalid_type", "must be a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("url", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
+async def test_bodies_that_are_no_json_object(
+    http: httpx.AsyncClient, url: str, body: bytes, code: str, words: str
+) -> None:
+    error = await refused(http, url, body)
+    assert error["code"] == code
+    assert words in error["message"]
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": None}, "messages", "valid array"),
+    ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": "Hi"}, "messages", "valid array"),
+    ({"messages": ["Hi"]}, "messages[0]", "object"),
+    ({"messages": [{"content": "Hi"}]}, "messages[0].role", "is required"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "is required"),
+    ({"messages": [{"role": "king", "content": ""}]}, "messages[0].role", "must be one of"),
+    ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "a string"),
+    ({"messages": [{"role": "user", "content": [1]}]}, "messages[0].content", "array of objects"),
+    ({"temperature": "hot"}, "temperature", "valid number"),
+    ({"temperature": -1}, "temperature", "must be in [0.0, 100.0]"),
+    ({"temperature": 1e999}, "temperature", "must be in"),
+    ({"top_p": 0}, "top_p", "must be in (0.0, 1.0]"),
+    ({"top_k": 1.5}, "top_k", "valid integer"),
+    ({"top_k": True}, "top_k", "valid integer"),
+    ({"n": 0}, "n", "must be in [1, 128]"),
+    ({"n": 129}, "n", "must be in [1, 128]"),
+    ({"max_tokens": 0}, "max_tokens", "must be in [1,"),
+    ({"max_tokens": -5}, "max_tokens", "must be in [1,"),
+    ({"max_tokens": 10**30}, "max_tokens", "less than"),
+    ({"seed": 10**30}, "seed", "less than"),
+    ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "larger than max_tokens"),
+    ({"presence_penalty": 3}, "presence_penalty", "must be in [-2.0, 2.0]"),
+    ({"stop": 1}, "stop", "must be a string or an array"),
+    ({"stop": [""]}, "stop", "empty string"),
+    ({"stop": ["a"] * 65}, "stop", "at most 64 strings"),
+    ({"stop": ["a" * 1025]}, "stop", "at most 1024 characters"),
+    ({"logit_bias": {"1": 200}}, "logit_bias", "must be in [-100.0, 100.0]"),
+    ({"logit_bias": [1]}, "logit_bias", "object"),
+    ({"logit_bias": {"9999": 1}}, "logit_bias", "vocabulary"),
+    ({"stop_token_ids": [9999]}, "stop_token_ids", "vocabulary"),
+    ({"logprobs": 3}, "logprobs", "valid boolean"),
+    ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be in [0, 20]"),
+    ({"stream": "yes"}, "stream", "valid boolean"),
+    ({"stream_options": {}}, "stream_options", "stream: true"),
+    ({"stream": True, "stream_options": 1}, "stream_options", "object"),
+    ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "without streaming"),
+    ({"priority": 2**40}, "priority", "less than"),
+    ({"cache_salt": "x" * 300}, "cache_salt", "at most 256"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "must not set"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "exclude",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "param", "words"), BAD_FIELDS)
+async def test_bad_fields_are_named(
+    http: httpx.AsyncClient, site: Any, fields: dict[str, Any], param: str, words: str
+) -> None:
+    # Python writes 1e999 as Infinity, which is how clients in Python would send it.
+    error = await refused(http, CHAT, {"model": "tiny", "messages": MESSAGES, **fields})
+    assert error["param"] == param
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert len(site.engine.live) == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({}, "prompt", "is required"),
+        ({"prompt": []}, "prompt", "must be a string, token ids"),
+        ({"prompt": ["a", 1]}, "prompt", "must be a string, token ids"),
+        ({"prompt": [[]]}, "prompt", "must be a string, token ids"),
+        ({"prompt": [True]}, "prompt", "must be a string, token ids"),
+        ({"prompt": ""}, "prompt", "no tokens"),
+        ({"prompt": [9999]}, "prompt", "outside 0 to 258"),
+        ({"prompt": [-1]}, "prompt", "outside 0 to 258"),
+        ({"prompt": ["a"] * 257}, "prompt", "more than 256 choices"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "must be in [1,"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs", "must be in [0, 20]"),
+        ({"prompt": "a", "best_of": 3}, "best_of", "equals n"),
+    ],
+)
+async def test_bad_completion_fields(
+    http: httpx.AsyncClient, body: dict[str, Any], param: str, words: str
+) -> None:
+    error = await refused(http, COMPLETIONS, body)
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "numbers"),
+    [
+        ({"prompt": "a" * 512}, ("512",)),
+        ({"prompt": "a" * 20_000}, ("512", "at least 1539")),
+        ({"prompt": "a" * 500, "max_tokens": 13}, ("512", "513", "500", "13", "12")),
+    ],
+)
+async def test_a_prompt_beyond_the_context(
+    http: httpx.AsyncClient, body: dict[str, Any], numbers: tuple[str, ...]
+) -> None:
+    error = await refused(http, COMPLETIONS, body)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "prompt"
+    assert all(number in error["message"] for number in numbers)
+
+
+async def test_messages_beyond_the_context(http: httpx.AsyncClient) -> None:
+    messages = [{"role": "user", "content": "a" * 600}]
+    error = await refused(http, CHAT, {"messages": messages})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+async def test_a_hopeless_text_is_refused_before_it_is_tokenized(
+    http: httpx.AsyncClient, site: Any
+) -> None:
+    site.engine.tokenizer.encode = None  # would fail if it were called
+    error = await refused(http, COMPLETIONS, {"prompt": "a" * 1_000_000})
+    assert "at least" in error["message"]
+
+
+async def test_an_unknown_model(http: httpx.AsyncClient) -> None:
+    error = await refused(http, CHAT, {"model": "x" * 500, "messages": MESSAGES}, status=404)
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "'org/tiny'" in error["message"] and len(error["message"]) < 200
+    response = await http.get("/v1/models/nope")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+async def test_unknown_routes_and_methods(http: httpx.AsyncClient) -> None:
+    missing = await http.get("/v1/nope")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "not_found"
+    wrong = await http.get(CHAT)
+    assert wrong.status_code == 405
+    assert wrong.headers["allow"] == "POST"
+    assert wrong.json()["error"] == {
+        "message": f"GET {CHAT} is not allowed; use POST.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "method_not_allowed",
+    }
+
+
+async def test_other_content_types(http: httpx.AsyncClient) -> None:
+    data = json.dumps({"messages": MESSAGES}).encode()
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", "nonsense"):
+        response = await http.post(CHAT, content=data, headers={"content-type": content_type})
+        assert response.status_code == 400
+        assert "Content-Type: application/json" in response.json()["error"]["message"]
+    for content_type in ("application/json; charset=utf-8", "application/vnd.x+json"):
+        response = await http.post(CHAT, content=data, headers={"content-type": content_type})
+        assert response.status_code == 200
+    assert (await http.post(CHAT, content=data)).status_code == 200
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_bodies_that_are_too_large(site_with: Any, serving: Any, announced: bool) -> None:
+    site = site_with(max_body_bytes=10_000)
+    sent = 0
+
+    async def chunks() -> Any:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1000
+            yield b" " * 1000
+
+    async with serving(site) as server, httpx.AsyncClient(base_url=server.url) as client:
+        headers = {"content-type": "application/json"}
+        content = b" " * 1_000_000 if announced else chunks()
+        response = await client.post(CHAT, content=content, headers=headers)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "request_too_large"
+        assert "10000 bytes" in response.json()["error"]["message"]
+        assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_a_model_without_a_template(site_with: Any, http_to: Any) -> None:
+    async with http_to(site_with(template=None)) as http:
+        error = await refused(http, CHAT, {"messages": MESSAGES})
+        assert error["code"] == "chat_template_missing"
+        assert COMPLETIONS in error["message"]
+        assert (await http.post(COMPLETIONS, json={"prompt": "a"})).status_code == 200
+
+
+async def test_rejections_are_counted_by_code(http: httpx.AsyncClient, site: Any) -> None:
+    await refused(http, CHAT, {"messages": []})
+    await refused(http, COMPLETIONS, {"prompt": "a" * 512})
+    for reason in ("invalid_value", "context_length_exceeded"):
+        assert site.metric("requests_rejected_total", model_name="org/tiny", reason=reason) == 1, (
+            reason
+        )
+    assert site.metric("requests_accepted_total", model_name="org/tiny") == 0

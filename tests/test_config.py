@@ -1,0 +1,137 @@
+"""Options: where values come from, and what `resolve` makes of the open ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from headrace.config import (
+    GIB,
+    MIB,
+    CacheOptions,
+    DeviceOptions,
+    EngineConfig,
+    Hardware,
+    ModelFacts,
+    ModelOptions,
+    SchedulerOptions,
+    load_options,
+    option_specs,
+    parse_size,
+    resolve,
+)
+from headrace.errors import ConfigError
+
+CPU = Hardware(device="cpu", name="a CPU", cores=2, memory_bytes=16 * GIB, has_bf16=True)
+GPU = Hardware(device="cuda:0", name="a GPU", cores=16, memory_bytes=140 * GIB, has_bf16=True)
+SMALL = ModelFacts(
+    name="small",
+    architecture="LlamaForCausalLM",
+    num_parameters=134_515_008,
+    max_position_embeddings=8192,
+    kv_elements_per_token=2 * 30 * 3 * 64,
+    checkpoint_dtype="Q4_1",
+    vocab_size=49152,
+)
+
+
+def test_at_most_50_options_and_each_explains_itself():
+    specs = list(option_specs())
+    assert len(specs) <= 50
+    assert len({spec.name for spec in specs}) == len(specs), "names are unique across groups"
+    assert all(spec.help.endswith(".") for spec in specs)
+
+
+def test_flags_go_over_environment_over_file_over_defaults():
+    engine, server, sources = load_options(
+        "m",
+        {"port": 1},
+        {"port": 3, "host": "file", "max-num-seqs": 7},
+        {"HEADRACE_PORT": "2", "HEADRACE_HOST": "environment", "HEADRACE_STRICT_FIELDS": "yes"},
+    )
+    assert (server.port, server.host, server.strict_fields) == (1, "environment", True)
+    assert engine.scheduler.max_num_seqs == 7
+    assert sources["port"] == "flag"
+    assert sources["host"] == "environment"
+    assert sources["max_num_seqs"] == "file"
+
+
+@pytest.mark.parametrize(
+    ("file", "environment", "message"),
+    [
+        ({"max_num_seq": 1}, {}, "did you mean 'max_num_seqs'"),
+        ({"nonsense": 1}, {}, "Unknown key 'nonsense' in the configuration file."),
+        ({"port": "eight"}, {}, "key 'port'"),
+        ({}, {"HEADRACE_PORT": "eight"}, "HEADRACE_PORT"),
+        ({"dtype": "int3"}, {}, "'int3' is not one of auto, float32"),
+        ({"kv_cache_memory_bytes": "2 apples"}, {}, "is not a size"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(file, environment, message):
+    with pytest.raises(ConfigError, match=message):
+        load_options("", {}, file, environment)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1024", 1024), ("2GiB", 2 * GIB), ("512M", 512 * MIB), ("1.5g", 3 * GIB // 2), ("1e3", 1000)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+def test_defaults_for_a_small_model_on_a_cpu():
+    resolved = resolve(EngineConfig(), CPU, SMALL)
+    assert (resolved.dtype, resolved.block_size, resolved.threads) == ("bfloat16", 16, 2)
+    assert resolved.max_model_len == 8192
+    assert resolved.kv_bytes_per_token == 23_040
+    assert resolved.weight_bytes == 2 * SMALL.num_parameters
+    assert resolved.kv_cache_bytes <= 4 * GIB
+    assert resolved.kv_capacity_tokens == resolved.num_blocks * 16
+    assert resolved.why["dtype"] == "the CPU has bf16 dot products"
+
+
+def test_without_bf16_hardware_a_cpu_computes_in_fp32():
+    hardware = dataclasses.replace(CPU, has_bf16=False)
+    assert resolve(EngineConfig(), hardware, SMALL).dtype == "float32"
+
+
+def test_a_gpu_gets_larger_blocks_and_batches():
+    resolved = resolve(EngineConfig(), GPU, SMALL)
+    assert (resolved.block_size, resolved.max_num_seqs) == (64, 256)
+    assert resolved.max_num_batched_tokens == 8192
+
+
+def test_little_memory_shortens_the_context_unless_it_was_asked_for():
+    cache = CacheOptions(kv_cache_memory_bytes=64 * MIB)
+    resolved = resolve(EngineConfig(cache=cache), CPU, SMALL)
+    assert resolved.max_model_len == resolved.kv_capacity_tokens < 8192
+    assert resolved.why["max_model_len"] == "what the KV cache holds"
+    asked = EngineConfig(cache=cache, model_options=ModelOptions(max_model_len=8192))
+    with pytest.raises(ConfigError, match="--kv-cache-memory-bytes 180MiB"):
+        resolve(asked, CPU, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EngineConfig(model_options=ModelOptions(max_model_len=9000)), r"in \[2, 8192\]"),
+        (EngineConfig(scheduler=SchedulerOptions(max_num_seqs=0)), "max_num_seqs must be"),
+        (
+            EngineConfig(scheduler=SchedulerOptions(max_num_seqs=64, max_num_batched_tokens=32)),
+            "at least max_num_seqs",
+        ),
+        (EngineConfig(device=DeviceOptions(threads=0)), "threads must be"),
+        (EngineConfig(cache=CacheOptions(block_size=0)), "block_size must be"),
+    ],
+)
+def test_impossible_values_name_the_option(config, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(config, CPU, SMALL)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read():
+    tight = dataclasses.replace(CPU, memory_bytes=100 * MIB)
+    with pytest.raises(ConfigError, match="Free memory, choose a smaller model"):
+        resolve(EngineConfig(), tight, SMALL)
