@@ -108,7 +108,7 @@ serve: $(VENV)/.runtime
 	@exec $(BIN)/headrace serve $(SERVE_ARGS)
 
 serve-ray: $(VENV)/.ray
-	@exec $(BIN)/headrace deploy $(SERVE_ARGS)
+	@exec $(BIN)/python -m headrace.deploy.local_cluster $(SERVE_ARGS)
 
 # ---- check -------------------------------------------------------------------------------------
 
@@ -124,15 +124,13 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format $(wildcard $(SOURCES))
 	@if command -v clang-format >/dev/null; then find csrc -name '*.[ch]*' -exec clang-format -i {} +; fi
 
-# All three run whatever the first says; any failure fails the target.
-CHECK = status=0; $(MAKE) lint || status=1; $(MAKE) types || status=1; \
-	$(BIN)/pytest $(1) || status=1; exit $$status
-
+# The tests run whatever lint and types say; any failure fails the target.
 test: $(VENV)/.dev
-	@$(call CHECK,-m 'not slow' $(ARGS))
+	@status=0; $(MAKE) lint || status=1; $(MAKE) types || status=1; \
+	$(BIN)/pytest -m 'not slow' $(ARGS) || status=1; exit $$status
 
-test-full: $(VENV)/.dev
-	@$(call CHECK,--record docs/verified.md $(ARGS))
+test-full: lint types
+	@$(BIN)/pytest --record docs/verified.md
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -50,7 +50,8 @@ class Candidate:
 
     name: str
     module: str
-    batch_invariant: bool
+    invariant_on: tuple[str, ...]
+    """Device types on which a row's result depends on that row only, to the bit."""
     declines: Callable[[KernelFacts], str | None]
     """The reason why it cannot run on these facts, or None if it can."""
 
@@ -84,7 +85,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
         Candidate(
             "reference",
             f"headrace_kernels.reference.{stem}",
-            batch_invariant=True,
+            invariant_on=("cpu",),
             declines=_needs_small_pages if stem == "attention" else _never,
         ),
     )
@@ -112,7 +113,9 @@ def choose(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> Ker
     return KernelSet(
         **functions,
         names=tuple((stem, candidate.name) for stem, candidate in chosen.items()),
-        batch_invariant=all(candidate.batch_invariant for candidate in chosen.values()),
+        batch_invariant=all(
+            facts.device in candidate.invariant_on for candidate in chosen.values()
+        ),
     )
 
 

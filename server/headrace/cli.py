@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from headrace import __version__
 from headrace.config import (
@@ -15,7 +15,9 @@ from headrace.config import (
     EngineConfig,
     ServerOptions,
     load_options,
+    nearest_hint,
     option_specs,
+    parse_size,
 )
 from headrace.errors import ConfigError, HeadraceError
 
@@ -32,8 +34,8 @@ MODEL_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. 2: the user's input was at fault, 1: something else."""
-    args = _parser().parse_args(argv)
     try:
+        args = _parse(argv)
         return int(args.run(args))
     except HeadraceError as error:
         print(f"headrace: {error.message}", file=sys.stderr)
@@ -45,8 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --- parsing ----------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong option with one line, not with a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ('{self.prog} --help' shows all options).\n")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        known = [f"--{spec.name.replace('_', '-')}" for spec in option_specs()]
+        raise ConfigError(f"Unknown option {option!r}{nearest_hint(option, known)}")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="headrace", description="An LLM inference server.")
+    parser = _Parser(prog="headrace", description="An LLM inference server.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -116,7 +134,15 @@ def _add_options(parser: argparse.ArgumentParser, *, server: bool) -> None:
                 del keywords["metavar"]
             if spec.is_list:
                 keywords["action"] = "append"
-            section.add_argument(flag, type=spec.parse, choices=spec.choices, **keywords)
+            kind = _size_argument if spec.parse is parse_size else spec.parse
+            section.add_argument(flag, type=kind, choices=spec.choices, **keywords)
+
+
+def _size_argument(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _options(args: argparse.Namespace) -> tuple[EngineConfig, ServerOptions, dict[str, str]]:
@@ -158,7 +184,8 @@ def _serve(args: argparse.Namespace) -> int:
     if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
         console.print(
             f"[yellow]Warning:[/] listening on {options.host} without --api-key: whoever reaches "
-            "this address can use the model."
+            "this address can use the model.",
+            soft_wrap=True,
         )
     with (
         _loading_bar(console) as progress,

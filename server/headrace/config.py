@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -157,9 +158,11 @@ def parse_size(text: str) -> int:
     units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
     number = str(text).strip().lower().removesuffix("b").removesuffix("i")
     unit = number[-1:] if number[-1:].isalpha() else ""
-    if unit not in units:
-        raise ValueError(f"{text!r} is not a size such as 2GiB or 512MiB")
-    return int(float(number.removesuffix(unit)) * units[unit])
+    with contextlib.suppress(KeyError, ValueError):
+        size = float(number.removesuffix(unit)) * units[unit]
+        if 0 <= size < 2**63:
+            return int(size)
+    raise ValueError(f"{text!r} is not a size such as 2GiB or 512MiB")
 
 
 def _parse_flag(text: str) -> bool:
@@ -191,7 +194,7 @@ def load_options(
         name = key.replace("-", "_")
         if name not in specs:
             raise ConfigError(
-                f"Unknown key {key!r} in the configuration file{_nearest(name, specs)}."
+                f"Unknown key {key!r} in the configuration file{nearest_hint(name, specs)}"
             )
         values[name] = _coerce(specs[name], value, f"key {key!r}")
         sources[name] = "file"
@@ -203,7 +206,7 @@ def load_options(
             sources[name] = "environment"
     for name, value in flags.items():
         if name not in specs:
-            raise ConfigError(f"There is no option {name!r}{_nearest(name, specs)}.")
+            raise ConfigError(f"There is no option {name!r}{nearest_hint(name, specs)}")
         values[name] = value
         sources[name] = "flag"
     groups = {
@@ -230,9 +233,10 @@ def engine_environment() -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
+def nearest_hint(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: it offers the closest one, if one is close."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _coerce(spec: OptionSpec, value: Any, where: str) -> Any:
@@ -326,14 +330,12 @@ CPU_KV_LIMIT = 4 * GIB
 
 def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> ResolvedConfig:
     """Choose every open value. Pure. Raises ConfigError, with a remedy, if the model cannot run."""
-    on_cpu = hardware.device == "cpu"
-    default = f"default on {hardware.device}"
+    on_cpu, default = hardware.device == "cpu", f"default on {hardware.device}"
     pick = _Picker()
     threads = pick("threads", config.device.threads, hardware.cores, "cores this process may use")
     block_size = pick("block_size", config.cache.block_size, 16 if on_cpu else 64, default)
-    max_num_seqs = pick(
-        "max_num_seqs", config.scheduler.max_num_seqs, 64 if on_cpu else 256, default
-    )
+    seqs = 64 if on_cpu else 256
+    max_num_seqs = pick("max_num_seqs", config.scheduler.max_num_seqs, seqs, default)
     budget = pick(
         "max_num_batched_tokens",
         config.scheduler.max_num_batched_tokens,

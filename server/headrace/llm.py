@@ -209,20 +209,17 @@ class LLM:
                 if output.error is not None:
                     raise EngineError(output.error)
                 piece = _Piece(prompt_logprobs=output.prompt_logprobs)
-                for index, token_id in enumerate(output.token_ids):
-                    is_stop = token_id == output.stop_token_id
-                    is_last = index + 1 == len(output.token_ids)
-                    push = output_text.push_stop_token if is_stop and is_last else output_text.push
-                    piece.text += push(token_id)
-                    piece.token_ids.append(token_id)
-                    if output.logprobs:
-                        piece.logprobs.append(output.logprobs[index])
-                    if output_text.stopped is not None:
-                        break
+                texts = output_text.push_output(
+                    output.token_ids,
+                    ends=output.finish_reason is not None,
+                    ends_with_stop_token=output.stop_token_id is not None,
+                )
+                piece.text = "".join(texts)
+                piece.token_ids = output.token_ids[: len(texts)]
+                piece.logprobs = (output.logprobs or [])[: len(texts)]
                 if output_text.stopped is not None:
                     piece.reason = FinishReason.STOP
-                elif output.finish_reason is not None:
-                    piece.text += output_text.finish()
+                else:
                     piece.reason = output.finish_reason
                 if output.record is not None:
                     piece.cached_tokens = output.record.cached_tokens

@@ -145,10 +145,11 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or "a port is 0 to 65535"
         raise ConfigError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port (0 picks a "
-            "free one) or --host, or stop what uses it."
+            f"Cannot listen on {host}:{port}: {reason.partition(' (while')[0]}. Choose another "
+            "--port (0 picks a free one) or --host, or stop what uses it."
         ) from None
 
 

@@ -26,11 +26,12 @@ from headrace.engine.client import (
     EngineStats,
     FinishReason,
     ModelInfo,
+    QueueLimits,
     RequestOutput,
     RequestRecord,
     TokenLogprobs,
 )
-from headrace.engine.live_requests import LiveRequests, LiveStream, QueueLimits
+from headrace.engine.live_requests import LiveRequests, LiveStream
 from headrace.engine.wire import StepOutputs
 from headrace.errors import HeadraceError, UnavailableError
 from headrace.observability.metrics import Metrics
@@ -189,7 +190,7 @@ class FakeEngine:
         output = self._output(
             stream,
             tokens,
-            finished_reason=reason,
+            finish_reason=reason,
             stop_token_id=stop_token_id,
             error=error,
             record=record,
@@ -228,7 +229,7 @@ class FakeEngine:
         request, now = stream.request, time.monotonic()
         return RequestRecord(
             request_id=request.request_id,
-            finished_reason=reason,
+            finish_reason=reason,
             prompt_tokens=len(request.prompt_token_ids),
             output_tokens=made,
             cached_tokens=min(4, len(request.prompt_token_ids)),

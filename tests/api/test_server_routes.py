@@ -77,7 +77,9 @@ async def test_models(http: httpx.AsyncClient) -> None:
     assert listing["object"] == "list"
     assert [card["id"] for card in listing["data"]] == ["org/tiny", "tiny"]
     card = (await http.get("/v1/models/org/tiny")).json()
+    engine = card.pop("engine")
     assert card == listing["data"][0]
+    assert (engine["device"], engine["block_size"]) == ("cpu", 16)
     assert card["object"] == "model"
     assert card["max_model_len"] == 512
     assert card["digest"] == "sha256:0123456789abcdef0123456789abcdef"

@@ -13,6 +13,7 @@ import pytest
 
 from headrace.api.streaming import Outbox, SlowClientError
 from headrace.errors import OverloadedError
+from headrace.observability.logging import request_id_var
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 BODY = {"model": "tiny", "messages": MESSAGES}
@@ -170,6 +171,25 @@ async def test_a_bug_is_500_with_the_request_id_and_one_log_record(
     assert [record.exc_info is not None for record in caplog.records] == [True]
 
 
+async def test_one_line_per_request_carries_its_id(
+    site: Any, http: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids: list[str] = []
+
+    class Ids(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            ids.append(request_id_var.get())
+            return True
+
+    caplog.handler.addFilter(Ids())
+    with caplog.at_level(logging.INFO, "headrace"):
+        await http.post("/v1/chat/completions", json=BODY, headers={"x-request-id": "abc-1"})
+        await http.get("/readyz")
+    [line] = [record.getMessage() for record in caplog.records if record.name != "httpx"]
+    assert line.startswith("POST /v1/chat/completions 200 ")
+    assert "Hi" not in line and "abc-1" in ids
+
+
 async def test_draining_lets_streams_finish(server: Any) -> None:
     engine, services = server.site.engine, server.site.services
     engine.step_seconds = 0.01
@@ -221,6 +241,8 @@ async def test_the_outbox_joins_what_waits_and_has_a_limit() -> None:
     outbox.put(b"0123456789")
     with pytest.raises(SlowClientError, match="more than 10 bytes"):
         outbox.put(b"x")
-    outbox.close()
     assert await outbox.take() == b"0123456789"
+    outbox.put(b"a single long event")
+    outbox.close()
+    assert await outbox.take() == b"a single long event"
     assert await outbox.take() == b""

@@ -186,10 +186,9 @@ def _launch(log: Path, arguments: Sequence[str | Path]) -> Server:
     return Server(process, ("127.0.0.1", port), log)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """SmolLM2-135M-Instruct. Tests leave it as they found it: running and idle."""
-    server = _launch(tmp_path_factory.mktemp("server") / "server.log", LIGHT)
+def _kept_whole(folder: Path, arguments: Sequence[str | Path]) -> Iterator[Server]:
+    """A server that ends as it should: idle, on SIGTERM, with nothing leaked and a clean log."""
+    server = _launch(folder / "server.log", arguments)
     try:
         server.wait_ready()
         yield server
@@ -203,8 +202,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """SmolLM2-135M-Instruct. Tests leave it as they found it: running and idle."""
+    yield from _kept_whole(tmp_path_factory.mktemp("server"), LIGHT)
+
+
+@pytest.fixture(scope="session")
 def client(server: Server) -> openai.OpenAI:
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The small checkpoint, for many tokens. Tests leave it running and idle."""
+    yield from _kept_whole(tmp_path_factory.mktemp("server"), [tiny_model, *TINY_LIGHT])
 
 
 @pytest.fixture

@@ -78,16 +78,16 @@ def test_chat_logprobs_explain_the_greedy_choice(client: openai.OpenAI) -> None:
 
 def test_several_choices_share_a_prompt(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, n=2, seed=1, temperature=1.5, max_tokens=12
+        model=MODEL, messages=QUESTION, n=2, seed=1, temperature=1.5, max_tokens=6
     )
     first, second = answer.choices
     assert (first.index, second.index) == (0, 1)
     assert first.message.content != second.message.content
-    assert answer.usage is not None and answer.usage.completion_tokens <= 24
+    assert answer.usage is not None and answer.usage.completion_tokens <= 12
 
 
 def test_streamed_choices_come_apart_by_index(client: openai.OpenAI) -> None:
-    arguments: Any = {"model": MODEL, "messages": QUESTION, "n": 2, "seed": 1, "max_tokens": 12}
+    arguments: Any = {"model": MODEL, "messages": QUESTION, "n": 2, "seed": 1, "max_tokens": 6}
     whole = client.chat.completions.create(**arguments)
     texts = ["", ""]
     for chunk in client.chat.completions.create(**arguments, stream=True):
@@ -108,7 +108,7 @@ def test_completion_continues_the_text(client: openai.OpenAI) -> None:
 
 
 def test_streamed_completion_is_the_same_completion(client: openai.OpenAI) -> None:
-    arguments: Any = {"model": MODEL, "prompt": STORY, "max_tokens": 16, "temperature": 0}
+    arguments: Any = {"model": MODEL, "prompt": STORY, "max_tokens": 8, "temperature": 0}
     whole = client.completions.create(**arguments).choices[0]
     chunks = list(client.completions.create(**arguments, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
@@ -117,7 +117,7 @@ def test_streamed_completion_is_the_same_completion(client: openai.OpenAI) -> No
 
 def test_batch_of_prompts_gives_what_each_gives_alone(client: openai.OpenAI) -> None:
     prompts = [STORY, "The capital of France is", "1, 2, 3, 4, 5,"]
-    arguments: Any = {"model": MODEL, "max_tokens": 8, "temperature": 0}
+    arguments: Any = {"model": MODEL, "max_tokens": 5, "temperature": 0}
     together = client.completions.create(prompt=prompts, **arguments)
     alone = [client.completions.create(prompt=p, **arguments).choices[0].text for p in prompts]
     assert [choice.text for choice in together.choices] == alone
@@ -160,7 +160,7 @@ def test_seed_repeats_and_another_seed_does_not(client: openai.OpenAI) -> None:
     def sample(seed: int) -> str:
         return (
             client.completions.create(
-                model=MODEL, prompt=STORY, max_tokens=20, temperature=1.2, seed=seed
+                model=MODEL, prompt=STORY, max_tokens=8, temperature=1.5, seed=seed
             )
             .choices[0]
             .text
@@ -277,7 +277,7 @@ def test_metrics_move_and_account(server: Server, client: openai.OpenAI) -> None
     client.completions.create(
         model=MODEL, prompt=STORY, max_tokens=7, extra_body={"ignore_eos": True}
     )
-    for chunk in client.completions.create(model=MODEL, prompt=STORY, max_tokens=50, stream=True):
+    for chunk in client.completions.create(model=MODEL, prompt=STORY, max_tokens=9, stream=True):
         del chunk
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=MODEL, prompt=STORY, temperature=-1)
@@ -289,7 +289,7 @@ def test_metrics_move_and_account(server: Server, client: openai.OpenAI) -> None
     assert moved("headrace_requests_accepted_total") == 2
     assert server.finished(after) == after["headrace_requests_accepted_total"]
     assert moved("headrace_requests_rejected_total{invalid_value}") == 1
-    assert 7 < moved("headrace_generation_tokens_total") <= 57
+    assert 7 < moved("headrace_generation_tokens_total") <= 16
     assert moved("headrace_prompt_tokens_total") == moved("headrace_prefix_cache_queries_total") > 0
     assert moved("headrace_time_to_first_token_seconds_count") == 2
     assert moved("headrace_e2e_request_latency_seconds_count") == 2

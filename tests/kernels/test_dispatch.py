@@ -19,7 +19,7 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> Candidate:
     candidate = Candidate(
         "picky",
         "headrace_kernels.reference.norm",
-        batch_invariant=False,
+        invariant_on=(),
         declines=lambda facts: None if facts.dtype == torch.bfloat16 else "needs bfloat16",
     )
     candidates = {**dispatch.CANDIDATES, "norm": (candidate, *dispatch.CANDIDATES["norm"])}
@@ -31,6 +31,7 @@ def test_the_reference_runs_everywhere() -> None:
     kernels = dispatch.choose(FACTS)
     assert dict(kernels.names) == dict.fromkeys(dispatch.OPS, "reference")
     assert kernels.batch_invariant
+    assert not dispatch.choose(dataclasses.replace(FACTS, device="cuda")).batch_invariant
     assert kernels.paged_attention is attention.paged_attention
     assert kernels.add_rms_norm is norm.add_rms_norm
     assert kernels.silu_and_mul is activation.silu_and_mul

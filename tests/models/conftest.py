@@ -82,10 +82,9 @@ class PagedModel:
             while len(blocks) * PAGE_SIZE < last:
                 blocks.append(self.free.pop())
             token_ids += tokens
-            positions += range(first, last)
-            slots += [
-                blocks[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(first, last)
-            ]
+            new = range(first, last)
+            positions += new
+            slots += [blocks[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in new]
         padding = -len(token_ids) % 8
         widest = max(len(self.blocks[request]) for request in parts)
         metadata = AttentionMetadata.build(
@@ -103,9 +102,8 @@ class PagedModel:
         )
         logits = self.model.compute_logits(hidden[: len(token_ids)])
         assert logits.dtype == torch.float32
-        return dict(
-            zip(parts, logits.split([len(tokens) for tokens in parts.values()]), strict=True)
-        )
+        by_request = torch.split(logits, [len(tokens) for tokens in parts.values()])
+        return dict(zip(parts, by_request, strict=True))
 
     def forget(self, request: str) -> None:
         """Give the request's blocks back, with NaN in them."""

@@ -136,7 +136,7 @@ def test_gguf_metadata() -> None:
         ),
         (
             {"llama.rope.scaling.type": "longrope"},
-            "'longrope' is not known. Known are: none, linear",
+            "'longrope' is not known. Known are: none, lin",
         ),
     ],
 )

@@ -140,7 +140,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, T
     return chosen, top_ids, logprobs.gather(-1, top_ids)
 
 
-prompt_logprobs = token_logprobs
 
 
 def _draw_unordered(

@@ -10,9 +10,11 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from headrace.api.field_policy import check_extra_fields
 from headrace.api.services import services_of
+from headrace.api.streaming import ClientGoneError
 from headrace.errors import InvalidRequestError, RequestTooLargeError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -27,7 +29,7 @@ async def receive(request: Request, kind: type[Model]) -> tuple[Model, list[str]
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises RequestTooLargeError as soon as it is known to exceed `limit` bytes,
-    and InvalidRequestError for a content type other than JSON."""
+    InvalidRequestError for a content type other than JSON, and ClientGoneError if it never ends."""
     content_type = request.headers.get("content-type", "application/json")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
@@ -41,11 +43,14 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit)
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise _too_large(limit)
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ClientGoneError from None
     return b"".join(chunks)
 
 

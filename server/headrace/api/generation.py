@@ -136,28 +136,24 @@ class Choice:
         ending = output.finish_reason
         if ending is not None and ending not in (FinishReason.STOP, FinishReason.LENGTH):
             raise _failure(ending, output.error)
-        last = len(output.token_ids) - 1
-        deltas: list[TextDelta] = []
-        for position, token_id in enumerate(output.token_ids):
-            ends = ending is not None and position == last
-            if ends and output.stop_token_id is not None:
-                text = self._text.push_stop_token(token_id)
-            else:
-                text = self._text.push(token_id)
-            if ends:
-                text += self._text.finish()
-            if self._text.stopped is not None:
-                self.finish_reason = "stop"
-            elif ends:
-                self.finish_reason = str(ending)
-            logprobs = output.logprobs[position] if output.logprobs else None
-            deltas.append(TextDelta(token_id, text, logprobs, self.finish_reason))
-            self.completion_tokens += 1
-            if self._text.stopped is not None:
-                break
-        if last < 0 and ending is not None:  # it ended between tokens
+        texts = self._text.push_output(
+            output.token_ids,
+            ends=ending is not None,
+            ends_with_stop_token=output.stop_token_id is not None,
+        )
+        self.completion_tokens += len(texts)
+        deltas = [
+            TextDelta(token_id, text, output.logprobs[i] if output.logprobs else None, None)
+            for i, (token_id, text) in enumerate(zip(output.token_ids, texts, strict=False))
+        ]
+        if self._text.stopped is not None:
+            self.finish_reason = "stop"
+        elif ending is not None:
             self.finish_reason = str(ending)
-            deltas.append(TextDelta(None, self._text.finish(), None, self.finish_reason))
+        if self.finish_reason is not None:
+            if not deltas:  # it ended between tokens
+                deltas.append(TextDelta(None, self._text.finish(), None, None))
+            deltas[-1] = deltas[-1]._replace(finish_reason=self.finish_reason)
         return deltas
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from headrace.api.responses import error_response
 from headrace.api.services import Services
 from headrace.api.streaming import ClientGoneError, SlowClientError
 from headrace.errors import AuthenticationError, EngineError
+from headrace.observability.logging import log_access, request_id_var
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        request_id_var.set(exchange.request_id)
         status = CLIENT_GONE
         try:
             if self._authorized(scope):
@@ -46,26 +48,21 @@ class RequestMiddleware:
                 await _unauthorized()(scope, receive, exchange.send)
             status = exchange.status
         except ClientGoneError:
-            logger.debug("request %s: the client has gone", exchange.request_id)
+            logger.debug("The client has gone")
         except SlowClientError as error:
-            logger.warning(
-                "request %s: dropped a client that does not read: %s", exchange.request_id, error
-            )
+            logger.warning("Dropped a client that does not read: %s", error)
         except Exception:
-            status = exchange.status or 500
-            logger.exception("request %s: a bug", exchange.request_id)
-            if exchange.status:
-                raise
-            await error_response(
-                EngineError(
-                    f"The server failed on this request; its log has the reason under request id "
-                    f"{exchange.request_id}."
-                )
-            )(scope, receive, exchange.send)
+            # Uncompleted, a response that has begun ends with a broken connection.
+            logger.exception("A bug")
+            if not exchange.status:
+                await _failed(exchange.request_id)(scope, receive, exchange.send)
+            status = exchange.status
         finally:
             seconds = time.perf_counter() - exchange.began
             route = getattr(scope.get("route"), "path", "unmatched")
             self._services.metrics.observe_http(route, scope["method"], status, seconds)
+            if scope["path"] not in OPEN_PATHS:
+                log_access(scope["method"], scope["path"], status, seconds)
 
     def _authorized(self, scope: Scope) -> bool:
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
@@ -95,6 +92,15 @@ class _Exchange:
             elapsed = (time.perf_counter() - self.began) * 1000
             headers["openai-processing-ms"] = str(round(elapsed))
         await self._send(message)
+
+
+def _failed(request_id: str) -> ASGIApp:
+    return error_response(
+        EngineError(
+            "The server failed on this request; its log has the reason under request id "
+            f"{request_id}."
+        )
+    )
 
 
 def _unauthorized() -> ASGIApp:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from headrace.api.model_table import ServedModel
@@ -24,7 +25,9 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request) -> Response:
     # A typed path parameter would make FastAPI import pydantic.v1, a third of the start-up time.
     model_id: str = request.path_params["model_id"]
-    return json_response(_card(services_of(request).models.find(model_id), model_id))
+    model = services_of(request).models.find(model_id)
+    engine = msgspec.to_builtins(model.client.info)  # None while loading
+    return json_response({**_card(model, model_id), "engine": engine})
 
 
 def _card(model: ServedModel, name: str) -> dict[str, Any]:

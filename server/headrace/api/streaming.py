@@ -43,9 +43,10 @@ class Outbox:
         self._news = asyncio.Event()
 
     def put(self, event: bytes) -> None:
-        """Raises SlowClientError when the limit is exceeded."""
+        """Raises SlowClientError when the limit is exceeded. One event may be as long as it needs
+        to be: a long prompt's log-probabilities come in one."""
         self._size += len(event)
-        if self._size > self._limit:
+        if self._events and self._size > self._limit:
             raise SlowClientError(f"more than {self._limit} bytes wait for the client")
         self._events.append(event)
         self._news.set()

@@ -7,6 +7,7 @@ proxies hand a connection to a replica, and the app that `headrace serve` runs w
 # No postponed annotations here: Serve validates a builder's arguments only if the annotation of
 # its parameter is a class, not a string.
 
+import asyncio
 import logging
 from typing import Any
 
@@ -26,9 +27,68 @@ ENGINE_CLOSE_SECONDS = 10.0
 """What ending the engine may take on top of `shutdown_timeout`, before Ray kills the replica."""
 
 
-@serve.deployment(
+class Replica:
+    """An API process with its engine beside it, as `headrace serve` runs them."""
+
+    def __init__(self, config: EngineConfig, options: ServerOptions) -> None:
+        self._config = config
+        self._options = options
+        self._service: Service | None = None
+        self._lost: HeadraceError | None = None
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray calls it after the constructor: the app, once the model is ready.
+
+        Raises what Service raises. Ray logs it and tries again a few times; a version that served
+        before goes on serving.
+        """
+        configure_logging(self._options.log_level, self._options.log_format)
+        # It may have to download the model first.
+        self._service = service = await asyncio.to_thread(
+            Service, self._config, self._options, on_dead=self._on_dead
+        )
+        try:
+            info = await service.start()
+        except BaseException:
+            await service.close()
+            raise
+        logger.info(
+            "Serving %s on %s in %s, KV cache %d tokens",
+            service.model.name,
+            info.device,
+            info.dtype,
+            info.num_blocks * info.block_size,
+        )
+        return service.app
+
+    def _on_dead(self, error: HeadraceError) -> None:
+        self._lost = error
+
+    async def check_health(self) -> None:
+        """Ray replaces the replica after this has raised three times in a row.
+
+        An engine that is being restarted is healthy. One that has given up is not, nor one that
+        stays silent for longer than the time after which its client kills it.
+        """
+        assert self._service is not None, "Ray asks only those that have an app"
+        if self._lost is not None:
+            raise self._lost
+        silence = self._service.client.last_seen_age
+        if silence > self._options.step_timeout:
+            raise EngineError(f"The engine has ended no step for {silence:.0f} s.")
+
+    async def __del__(self) -> None:
+        """Ray calls it when requests are finished, so that the engine ends before the replica.
+
+        A replica that is killed takes its engine with it, too: the engine watches its parent.
+        """
+        if self._service is not None:
+            await self._service.close()
+
+
+deployment = serve.deployment(
     name="headrace",
-    # The engine batches whatever comes and its own bounded queue answers 429 in OpenAI's words;
+    # The engine batches whatever comes, and its own bounded queue answers 429 in OpenAI's words;
     # Serve's would answer in plain text.
     max_ongoing_requests=1_000_000,
     # A new version loads beside the old one, which serves until then.
@@ -36,56 +96,7 @@ ENGINE_CLOSE_SECONDS = 10.0
     health_check_period_s=5,
     health_check_timeout_s=10,
     graceful_shutdown_wait_loop_s=0.2,
-    logging_config={"enable_access_log": False},
-)
-@serve.ingress()
-class Replica:
-    """An API process with its engine beside it, as `headrace serve` runs them."""
-
-    async def __init__(self, config: EngineConfig, options: ServerOptions) -> None:
-        """Returns when the model is ready. Raises what Service raises: Ray reports it and tries
-        again a few times, and a version that served before goes on serving."""
-        configure_logging(options.log_level, options.log_format)
-        self._lost: HeadraceError | None = None
-        self._silence_limit = options.step_timeout
-        self._service = Service(config, options, on_dead=self._on_dead)
-        try:
-            info = await self._service.start()
-        except BaseException:
-            await self._service.close()
-            raise
-        logger.info(
-            "Serving %s on %s in %s, KV cache %d tokens",
-            self._service.model.name,
-            info.device,
-            info.dtype,
-            info.num_blocks * info.block_size,
-        )
-
-    def _on_dead(self, error: HeadraceError) -> None:
-        self._lost = error
-
-    async def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._service.app
-
-    async def check_health(self) -> None:
-        """Ray replaces the replica after this raised three times in a row.
-
-        An engine that is being restarted is healthy; one that gave up, or that has been silent for
-        longer than the time after which the client would have killed it, is not.
-        """
-        if self._lost is not None:
-            raise self._lost
-        silence = self._service.client.last_seen_age
-        if silence > self._silence_limit:
-            raise EngineError(f"The engine has ended no step for {silence:.0f} s.")
-
-    async def __del__(self) -> None:
-        """Ray calls it once requests are finished; the engine ends before the replica does."""
-        service = getattr(self, "_service", None)
-        if service is not None:
-            service.drain()
-            await service.close()
+)(serve.ingress()(Replica))
 
 
 class BuildArgs(BaseModel):
@@ -114,11 +125,20 @@ def build_app(args: BuildArgs) -> Application:
                 f"http_options.{name} at the top of the Serve config."
             )
     config, options, _ = load_options(args.model, {}, args.options)
-    deployment = Replica.options(
+    return make_application(config, options)
+
+
+def make_application(
+    config: EngineConfig, options: ServerOptions, *, num_replicas: int = 1
+) -> Application:
+    """The application for a model and its options; `build_app` for those who have both typed."""
+    configured = deployment.options(
+        num_replicas=num_replicas,
         ray_actor_options=_resources(config),
         graceful_shutdown_timeout_s=options.shutdown_timeout + ENGINE_CLOSE_SECONDS,
     )
-    return deployment.bind(config, options)
+    application: Application = configured.bind(config, options)
+    return application
 
 
 def _resources(config: EngineConfig) -> dict[str, float]:

@@ -15,7 +15,7 @@ from headrace.engine.sampler import Sampler
 from headrace.engine.sampling_batch import sampling_columns
 from headrace.models.base import CausalLM
 from headrace_kernels.attention_metadata import AttentionMetadata
-from headrace_kernels.reference.sampling import prompt_logprobs
+from headrace_kernels.ops.sampling import token_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class ModelRunner:
                 begin = offset + start - first
                 logits = self._model.compute_logits(hidden[begin : begin + stop - start])
                 targets = self._to_device(running.token_ids[row, start:stop].astype(np.int64))
-                own, top_ids, top = prompt_logprobs(logits, targets, count)
+                own, top_ids, top = token_logprobs(logits, targets, count)
                 entries.extend(
                     TokenLogprobs(*entry)
                     for entry in zip(own.tolist(), top_ids.tolist(), top.tolist(), strict=True)

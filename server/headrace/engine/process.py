@@ -76,6 +76,7 @@ class EngineProcess:
             logger.exception("The engine failed to load")
             self._send(LoadFailed(f"{type(error).__name__}: {error}", user_error=False))
             return 1
+        self._send(Heartbeat(engine.stats()))  # gauges are true from the first moment
         self._send(Ready(engine.info))
         while not self._stop:
             self._receive(engine, wait=not engine.has_work)
@@ -143,7 +144,7 @@ def main() -> NoReturn:
     configure_logging(startup.log_level, startup.log_format)
     channel = BlockingChannel(socket.socket(fileno=startup.socket_fd))
     status = EngineProcess(channel).run(startup.config)
-    channel.close()
+    # The channel closes with the process: earlier, the parent would drop the lifeline first.
     logging.shutdown()
     os._exit(status)  # torch's and the lifeline's threads are not worth waiting for
 

@@ -137,7 +137,10 @@ class ProcessEngineClient:
         """Ends live requests with an error and the engine with them."""
         self._closing = True
         self._live.fail_all(UnavailableError("The server is shutting down."))
-        self._send(Shutdown())
+        if self.state is EngineState.READY:
+            self._send(Shutdown())
+        else:
+            self._kill()  # it listens to nobody while it loads
         if self._task is not None:
             _, pending = await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
             if pending:
@@ -189,9 +192,10 @@ class ProcessEngineClient:
             assert process.stdin is not None
             process.stdin.close()  # the engine's lifeline, should it still live
         status = await asyncio.to_thread(process.wait)
-        if status:
+        failure = connection.ended.result()
+        if failure is None and not self._closing:
             logger.error("The engine process ended with status %d", status)
-        return connection.ended.result()
+        return failure
 
     def _spawn(self, socket_fd: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -220,10 +224,11 @@ class ProcessEngineClient:
 
     def _give_up(self, error: HeadraceError) -> None:
         self.state = EngineState.DEAD
-        logger.critical("%s", error.message)
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
             self._ready.exception()  # whoever waits still gets it; nobody waiting is no bug
+        else:
+            logger.critical("%s", error.message)
         self._live.fail_all(error)
         self._on_dead(error)
 

@@ -35,6 +35,25 @@ class OutputText:
         """The stop string that was found."""
         return None if self._stop is None else self._stop.found
 
+    def push_output(
+        self, token_ids: Sequence[int], *, ends: bool, ends_with_stop_token: bool = False
+    ) -> list[str]:
+        """The text of each token of an output, up to the one that completes a stop string.
+
+        `ends`: no token follows these, so that what was held back belongs to the last one.
+        """
+        texts: list[str] = []
+        for position, token_id in enumerate(token_ids, start=1):
+            last = ends and position == len(token_ids)
+            if last and ends_with_stop_token:
+                text = self.push_stop_token(token_id)
+            else:
+                text = self.push(token_id)
+            texts.append(text + self.finish() if last else text)
+            if self.stopped is not None:
+                break
+        return texts
+
     def push(self, token_id: int) -> str:
         text = self._detokenizer.push(token_id)
         if self._stop is None:

@@ -1,0 +1,96 @@
+"""What the builder makes of its arguments, and the Serve config that ships. No cluster."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import yaml
+from ray.serve import Application, Deployment
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+from headrace.deploy.ray_serve import ENGINE_CLOSE_SECONDS, BuildArgs, build_app
+from headrace.errors import ConfigError
+
+CONFIG_FILE = Path(__file__).parents[2] / "deploy" / "ray" / "headrace.yaml"
+
+
+def deployment_of(application: Application) -> Deployment:
+    return application._bound_deployment
+
+
+def build(**options: Any) -> Deployment:
+    return deployment_of(build_app(BuildArgs(options=options)))
+
+
+def test_unknown_arguments_are_refused_by_name() -> None:
+    with pytest.raises(pydantic.ValidationError, match=r"(?s)modle.*Extra inputs"):
+        BuildArgs.model_validate({"modle": "x"})
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"'max_num_seq'.*did you mean 'max_num_seqs'"):
+        build(max_num_seq=8)
+
+
+@pytest.mark.parametrize("name", ["host", "port"])
+def test_the_address_is_the_proxies_business(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"options\.{name}.*http_options\.{name}"):
+        build(**{name: 8000})
+
+
+def test_a_gpu_by_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cuda:1.*say cuda"):
+        build(device="cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("options", "resources"),
+    [
+        ({}, {"num_cpus": 1}),
+        ({"threads": 6}, {"num_cpus": 6}),
+        ({"device": "cuda"}, {"num_cpus": 1, "num_gpus": 1}),
+    ],
+)
+def test_a_replica_reserves_what_its_engine_uses(
+    options: dict[str, Any], resources: dict[str, float]
+) -> None:
+    assert build(**options).ray_actor_options == resources
+
+
+def test_ray_lets_streams_finish_for_as_long_as_the_server_would() -> None:
+    deployment = build(shutdown_timeout=77)
+    assert deployment.graceful_shutdown_timeout_s == 77 + ENGINE_CLOSE_SECONDS
+
+
+def test_overload_is_answered_by_our_queue_not_by_serve() -> None:
+    deployment = build(max_queued_requests=5000)
+    assert deployment.max_ongoing_requests > 100_000
+    assert deployment.max_queued_requests == -1
+
+
+def shipped_application() -> ServeApplicationSchema:
+    content = yaml.safe_load(CONFIG_FILE.read_text())
+    (application,) = ServeDeploySchema.model_validate(content).applications
+    return application
+
+
+def test_the_shipped_config_builds_the_application_that_it_configures() -> None:
+    application = shipped_application()
+    module, _, name = application.import_path.partition(":")
+    builder = getattr(importlib.import_module(module), name)
+    assert builder is build_app
+    # Serve validates only against a class: a string (postponed annotation) would skip it.
+    assert builder.__annotations__["args"] is BuildArgs
+    built = deployment_of(builder(BuildArgs.model_validate(application.args)))
+    assert [configured.name for configured in application.deployments] == [built.name]
+
+
+def test_a_typo_in_the_shipped_config_would_be_found() -> None:
+    args = shipped_application().args
+    args["options"]["shutdown_timout"] = 3
+    with pytest.raises(ConfigError, match="did you mean 'shutdown_timeout'"):
+        build_app(BuildArgs.model_validate(args))
