@@ -11,8 +11,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-import msgspec
-
 from headrace.config import EngineConfig, load_options
 from headrace.engine.build import build_engine
 from headrace.engine.client import FinishReason, TokenLogprobs
@@ -144,9 +142,9 @@ class LLM:
     ) -> list[Completion]:
         return await asyncio.gather(
             *(
-                self._complete(prompt, one)
+                self._complete(prompt, sampling.choice(index))
                 for prompt in prompts
-                for one in _single_choices(sampling)
+                for index in range(sampling.n)
             )
         )
 
@@ -221,8 +219,7 @@ class LLM:
                     piece.reason = FinishReason.STOP
                 else:
                     piece.reason = output.finish_reason
-                if output.record is not None:
-                    piece.cached_tokens = output.record.cached_tokens
+                piece.cached_tokens = output.cached_tokens or 0
                 yield piece
                 if piece.reason is not None:
                     return
@@ -264,10 +261,3 @@ def _as_batch(prompts: Any) -> list[Any]:
     """One prompt (a string, or token ids) or several: always a list of prompts."""
     one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
     return [prompts] if one else list(prompts)
-
-
-def _single_choices(sampling: SamplingParams) -> Iterator[SamplingParams]:
-    """`n` choices are n requests; with a seed each has its own."""
-    for index in range(sampling.n):
-        seed = None if sampling.seed is None else sampling.seed + index
-        yield msgspec.structs.replace(sampling, n=1, seed=seed)

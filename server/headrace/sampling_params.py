@@ -75,6 +75,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for token_id, bias in (self.logit_bias or {}).items():
             _in_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, param="logit_bias")
 
+    def choice(self, index: int) -> SamplingParams:
+        """Parameters of choice `index` of n: one sequence, with the seed seed + index."""
+        seed = self.seed
+        if seed is not None:
+            seed = (seed + index + 2**63) % 2**64 - 2**63
+        return msgspec.structs.replace(self, n=1, seed=seed)
+
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to generate, in token ids. The engine knows no text.

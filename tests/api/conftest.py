@@ -205,6 +205,8 @@ class FakeEngine:
         if sampling.prompt_logprobs is not None and not stream.received:
             top = sampling.prompt_logprobs
             more["prompt_logprobs"] = [None, *(self._logprobs(token, top) for token in prompt[1:])]
+        if not stream.received:
+            more["cached_tokens"] = min(4, len(prompt))
         return RequestOutput(request_id=stream.request_id, token_ids=tokens, **more)
 
     def _logprobs(self, token: int, top: int) -> TokenLogprobs:

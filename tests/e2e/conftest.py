@@ -30,7 +30,7 @@ from tokenizers.models import BPE
 T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
+PATIENCE = 100.0
 """Seconds after which what should happen counts as not happening; no measure of speed."""
 LIGHT = ("--threads", "2", "--kv-cache-memory-bytes", "512MiB", "--max-model-len", "2048")
 TINY_LIGHT = ("--threads", "1", "--kv-cache-memory-bytes", "64MiB")

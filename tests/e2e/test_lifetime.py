@@ -102,6 +102,7 @@ def test_killed_engine_is_replaced_and_streams_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_replay_of_the_default_model(start_server: StartServer, dtype: str) -> None:
     light = ("--kv-cache-memory-bytes", "512MiB", "--max-model-len", "2048")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,9 @@ TEXTS = (
     "1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16, 16 + 16 = 32, 32 + 32 = 64, 64 + 64 = 128",
 )
 
-# Nats. bf16 weights and KV move a log-probability by about 0.02 on average; where the reference
+# Nats. bf16 weights and KV move a log-probability by 0.013 on average; where the reference
 # itself hardly prefers its best token to the second, either may come out.
-BF16_MARGIN, BF16_MEAN_ERROR = 0.15, 0.04
+BF16_MARGIN, BF16_MEAN_ERROR = 0.15, 0.02
 FP32_MARGIN, FP32_MEAN_ERROR = 1e-3, 1e-4
 
 
@@ -51,10 +52,9 @@ class Reference:
     def __init__(self, gguf: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype="float32"
-        )
-        self._model.eval()
+        loader: Any = AutoModelForCausalLM
+        model = loader.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+        self._model = model.eval()
 
     def logprobs(self, token_ids: list[int]) -> torch.Tensor:
         """[len(token_ids), vocabulary] float32: row i predicts token i + 1."""
@@ -83,15 +83,20 @@ def check_greedy_answers(
 ) -> None:
     """Wherever the reference, after the very same tokens, prefers one token by `margin` nats or
     more, that is the token that was chosen."""
-    clear = total = 0
-    for question in questions:
+
+    def ask(question: str) -> Any:
         body = {
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": max_tokens,
             "return_token_ids": True,
         }
-        answer = server.post("/v1/chat/completions", body).json()
+        return server.post("/v1/chat/completions", body).json()
+
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = list(pool.map(ask, questions))
+    clear = total = 0
+    for question, answer in zip(questions, answers, strict=True):
         prompt, chosen = answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
         logprobs = reference.logprobs(prompt + chosen)[len(prompt) - 1 : -1]
         best, tokens = logprobs.topk(2, dim=-1)
@@ -101,7 +106,8 @@ def check_greedy_answers(
             if gap >= margin:
                 clear += 1
                 assert token == int(tokens[position, 0]), f"{question!r}, token {position}"
-    assert clear > 0.8 * total, "too few positions were compared"
+    logger.info("%d of %d greedy tokens were clear cases", clear, total)
+    assert clear > 0.7 * total, "too few positions were compared"
 
 
 def mean_prompt_error(server: Server, reference: Reference) -> float:
@@ -134,15 +140,17 @@ def test_default_model_agrees_with_transformers(server: Server, reference: Refer
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_default_model_agrees_over_long_answers(server: Server, reference: Reference) -> None:
-    check_greedy_answers(server, reference, QUESTIONS, max_tokens=150, margin=BF16_MARGIN)
+    check_greedy_answers(server, reference, QUESTIONS, max_tokens=100, margin=BF16_MARGIN)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_float32_agrees_exactly(start_server: StartServer, reference: Reference) -> None:
     light = ("--kv-cache-memory-bytes", "512MiB", "--max-model-len", "2048")
     server = start_server("--threads", "2", *light, "--dtype", "float32")
-    check_greedy_answers(server, reference, QUESTIONS, max_tokens=150, margin=FP32_MARGIN)
+    check_greedy_answers(server, reference, QUESTIONS, max_tokens=100, margin=FP32_MARGIN)
     error = mean_prompt_error(server, reference)
     assert error < FP32_MEAN_ERROR
     server.stop()

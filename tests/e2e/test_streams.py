@@ -76,6 +76,7 @@ async def test_64_streams_of_which_a_third_disconnect(tiny_server: Server) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_64_streams_of_the_default_model(server: Server) -> None:
     await check_many_streams(server, "SmolLM2-135M-Instruct", shortest=5, step=2)
 
@@ -126,6 +127,7 @@ def test_slow_reader_gets_every_token(tiny_server: Server) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_client_that_never_reads_is_dropped(start_server: StartServer, tiny_model: Path) -> None:
     """What waits for it is bounded: its request is aborted and its connection broken, while
     others are served."""

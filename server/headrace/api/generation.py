@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import msgspec
 from fastapi import Request
 
 from headrace.api.ledger import RequestLedger
@@ -130,8 +129,8 @@ class Choice:
         """The deltas of one output, one per token; sets finish_reason with the last one."""
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        if output.record is not None:
-            self.cached_tokens = output.record.cached_tokens
+        if output.cached_tokens is not None:
+            self.cached_tokens = output.cached_tokens
         self._meter.tokens(len(output.token_ids))
         ending = output.finish_reason
         if ending is not None and ending not in (FinishReason.STOP, FinishReason.LENGTH):
@@ -218,7 +217,6 @@ def start(
             param="n" if sampling.n > 1 else "prompt",
         )
     generation = Generation(sum(map(len, prompts)), sampling.n)
-    one = msgspec.structs.replace(sampling, n=1)
     arrival = time.monotonic()
     several = len(prompts) * sampling.n > 1
     try:
@@ -228,7 +226,7 @@ def start(
                 request = GenerateRequest(
                     request_id=f"{context.response_id}-{index}" if several else context.response_id,
                     prompt_token_ids=prompt,
-                    sampling=_with_own_seed(one, repeat),
+                    sampling=sampling.choice(repeat),
                     arrival_time=arrival,
                     priority=context.priority,
                     cache_salt=context.cache_salt,
@@ -267,14 +265,6 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, limit: int, *, 
             f"{limit - num_prompt_tokens} output tokens.",
             param=param,
         )
-
-
-def _with_own_seed(sampling: SamplingParams, repeat: int) -> SamplingParams:
-    """Choice i of a seeded request has the seed seed + i, wrapped to 64 bits."""
-    if sampling.seed is None or repeat == 0:
-        return sampling
-    seed = (sampling.seed + repeat + 2**63) % 2**64 - 2**63
-    return msgspec.structs.replace(sampling, seed=seed)
 
 
 def _failure(

@@ -74,26 +74,35 @@ def run(config: EngineConfig, options: ServerOptions, *, num_replicas: int = 1) 
 
     signals = _Signals()
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-        )
-        signals.install()  # ray.init has put a handler of its own in place
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        config = share_machine(config, resources, num_replicas)
-        _deploy(config, options, num_replicas)
-        _announce(options)
-        while True:
-            signal.pause()
-    except (_StopError, SystemExit):  # SystemExit: a signal while ray.init ran
-        logger.warning("Finishing requests, then stopping; another signal stops at once")
-        _undeploy(options)
-        return EXIT_OK
+        try:
+            _start_ray()
+            signals.install()  # ray.init has put a handler of its own in place
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            config = share_machine(config, resources, num_replicas)
+            _deploy(config, options, num_replicas)
+            _announce(options)
+            while True:
+                signal.pause()
+        except (_StopError, SystemExit):  # SystemExit: a signal while ray.init ran
+            logger.warning("Finishing requests, then stopping; another signal stops at once")
+            _undeploy(options)
+            return EXIT_OK
+    except _StopError:
+        return EXIT_INTERRUPTED
     finally:
-        signals.next_one_ends_all = True
+        signals.patience = 0
         ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+    )
 
 
 def share_machine(
@@ -207,10 +216,10 @@ class _StopError(BaseException):
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first one raises _StopError, a second one ends the process."""
+    """SIGTERM and SIGINT: two of them raise _StopError, one more ends the process as it is."""
 
     def __init__(self) -> None:
-        self.next_one_ends_all = False
+        self.patience = 2
         self.install()
 
     def install(self) -> None:
@@ -218,9 +227,9 @@ class _Signals:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.next_one_ends_all:
+        if not self.patience:
             os._exit(EXIT_INTERRUPTED)  # Ray's processes watch this one and follow
-        self.next_one_ends_all = True
+        self.patience -= 1
         raise _StopError
 
 

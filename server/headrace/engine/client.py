@@ -65,6 +65,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One entry per token of `token_ids`, when asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One entry per prompt token (None for the first), once, with the first output."""
+    cached_tokens: int | None = None
+    """Prompt tokens whose KV came from the prefix cache; with the first output."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The stop token that ended the request; it is the last of `token_ids`."""

@@ -49,6 +49,7 @@ class LiveStream:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._cached_tokens: int | None = None
         self._end: RequestOutput | None = None
         self._error: HeadraceError | None = None
         self._news = asyncio.Event()
@@ -72,12 +73,14 @@ class LiveStream:
             token_ids=self._tokens,
             logprobs=self._logprobs or None,
             prompt_logprobs=self._prompt_logprobs,
+            cached_tokens=self._cached_tokens,
             finish_reason=end.finish_reason if end else None,
             stop_token_id=end.stop_token_id if end else None,
             error=end.error if end else None,
             record=end.record if end else None,
         )
         self._tokens, self._logprobs, self._prompt_logprobs = [], [], None
+        self._cached_tokens = None
         return output
 
     def abort(self) -> None:
@@ -96,6 +99,8 @@ class LiveStream:
             self._logprobs.extend(output.logprobs)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
+        if output.cached_tokens is not None:
+            self._cached_tokens = output.cached_tokens
         if output.finish_reason is not None:
             self._end = output
             self.done = True

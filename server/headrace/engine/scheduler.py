@@ -272,9 +272,10 @@ class Scheduler:
         self, row: int, token: int, reason: FinishReason | None, result: StepResult
     ) -> RequestOutput:
         request = self.running.request(row)
-        now = time.monotonic()
+        cached_tokens = None
         if not request.first_token_time:
-            request.first_token_time = now
+            request.first_token_time = time.monotonic()
+            cached_tokens = request.num_cached_tokens
         logprobs = result.logprobs.get(row)
         prompt_logprobs: list[TokenLogprobs | None] | None = None
         if request.prompt_logprobs is not None:
@@ -291,6 +292,7 @@ class Scheduler:
             token_ids=[] if failed else [token],
             logprobs=None if logprobs is None or failed else [logprobs],
             prompt_logprobs=prompt_logprobs,
+            cached_tokens=cached_tokens,
             finish_reason=reason,
             stop_token_id=token if reason is FinishReason.STOP else None,
             error="The model produced logits that are not numbers." if failed else None,

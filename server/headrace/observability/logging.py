@@ -102,7 +102,8 @@ class JsonFormatter(logging.Formatter):
         if lines := _exception_lines(self, record):
             fields["exception"] = "\n".join(lines)
         for name, value in vars(record).items():
-            if name not in _PLAIN_ATTRIBUTES:
+            # Ray's record factory, for one, adds private attributes to every record.
+            if name not in _PLAIN_ATTRIBUTES and not name.startswith("_"):
                 fields.setdefault(name, value)
         return json.dumps(fields, ensure_ascii=False, default=str)
 
