@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace_kernels import native
 from headrace_kernels.kernel_set import KernelSet
 
 logger = logging.getLogger(__name__)
@@ -80,8 +81,30 @@ def _needs_small_pages(facts: KernelFacts) -> str | None:
     return f"page size {facts.page_size} does not divide its tile of 64 tokens"
 
 
+def _native_cpu(stem: str, facts: KernelFacts) -> str | None:
+    """Why the C++ kernel of this stem cannot run: not here, not built, or its own reasons."""
+    if facts.device != "cpu":
+        return "runs on a CPU only"
+    for op in OPS[stem]:
+        if (reason := native.missing(op)) is not None:
+            return reason
+    try:
+        module = importlib.import_module(f"headrace_kernels.cpu.{stem}")
+    except ModuleNotFoundError:
+        return "not built: it has no Python side"
+    reason = module.declines(facts)
+    assert reason is None or isinstance(reason, str)
+    return reason
+
+
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     stem: (
+        Candidate(
+            "cpu",
+            f"headrace_kernels.cpu.{stem}",
+            invariant_on=("cpu",),
+            declines=functools.partial(_native_cpu, stem),
+        ),
         Candidate(
             "reference",
             f"headrace_kernels.reference.{stem}",
@@ -91,7 +114,7 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     )
     for stem in OPS
 }
-"""Candidates of each stem, best first."""
+"""Candidates of each stem, best first. A module cpu/<stem>.py also has `declines(facts)`."""
 
 
 def choose(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> KernelSet:

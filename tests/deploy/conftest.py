@@ -45,7 +45,8 @@ class Cluster:
         )
 
     def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        children: list[psutil.Process] = psutil.Process(self.process.pid).children(recursive=True)
+        return children
 
     def engines(self) -> list[psutil.Process]:
         return [p for p in self.descendants() if "headrace.engine.process" in command_of(p)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 MODEL = "SmolLM2-135M-Instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPT = "The capital of France is"
 
 
@@ -61,6 +62,22 @@ def test_errors_are_openais(cluster: Any) -> None:
     with pytest.raises(openai.BadRequestError) as too_long:
         cluster.client().completions.create(model=MODEL, prompt="word " * 2000)
     assert too_long.value.code == "context_length_exceeded"
+
+
+def test_a_client_that_goes_away_ends_its_request(cluster: Any, wait_until: Any) -> None:
+    stream = cluster.client().completions.create(
+        model=MODEL, prompt=PROMPT, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+
+    def aborted() -> bool:
+        metrics = httpx.get(f"{cluster.url}/metrics").text
+        return bool(
+            re.search(r'^headrace_requests_finished_total\{.*"abort".*\} 1\.0$', metrics, re.M)
+        )
+
+    wait_until(aborted, "the proxies pass the disconnect on")
 
 
 def test_sigterm_finishes_a_stream_and_leaves_no_process(cluster: Any, assert_gone: Any) -> None:

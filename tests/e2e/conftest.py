@@ -69,12 +69,12 @@ class Server:
         return socket.create_connection(self.address, timeout=PATIENCE)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, summed over its labels but for states and reasons, which
+        """Every sample of /metrics, summed over its labels but for state, status and reason, which
         become part of the name: `headrace_kv_cache_blocks{used}`."""
         samples: dict[str, float] = {}
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
-                kept = sample.labels.keys() & {"state", "reason", "finished_reason"}
+                kept = sample.labels.keys() & {"state", "status", "reason", "finished_reason"}
                 label = "".join(sample.labels[name] for name in kept)
                 name = f"{sample.name}{{{label}}}" if label else sample.name
                 samples[name] = samples.get(name, 0.0) + sample.value

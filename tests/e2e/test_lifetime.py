@@ -111,6 +111,33 @@ def test_replay_of_the_default_model(start_server: StartServer, dtype: str) -> N
     server.stop()
 
 
+@pytest.mark.parametrize("engine", [pytest.param("stopped", marks=pytest.mark.slow), "restarting"])
+def test_client_that_leaves_while_the_engine_dies_is_accounted_for(
+    start_server: StartServer, tiny_model: Path, engine: str
+) -> None:
+    """Its abort reaches an engine that will never answer, or one that does not know it."""
+    server = start_server(tiny_model, *TINY)
+    pid = server.engine_pid
+    assert pid is not None
+    with server.client().completions.create(
+        model="tiny", prompt="Hello", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        next(stream)
+        if engine == "stopped":
+            os.kill(pid, signal.SIGSTOP)
+        else:
+            server.kill_engine()
+    gone = "headrace_http_requests_total"
+    server.wait_for(lambda: server.metrics().get(f"{gone}{{499}}"), "the disconnection")
+    if engine == "stopped":
+        server.kill_engine()
+    server.wait_ready()
+    metrics = server.wait_idle()
+    assert metrics["headrace_requests_finished_total{abort}"] == 1
+    assert metrics["headrace_kv_cache_blocks{used}"] == 0
+    server.stop()
+
+
 def events(lines: Iterator[str]) -> list[str]:
     return [line.removeprefix("data: ") for line in lines if line]
 
@@ -142,7 +169,7 @@ def test_sigterm_lets_streams_finish(start_server: StartServer, tiny_model: Path
     server = start_server(tiny_model, *TINY)
     engine_pid = server.engine_pid
     assert engine_pid is not None
-    reader = Reader(server, model="tiny", max_tokens=800, temperature=0)
+    reader = Reader(server, model="tiny", max_tokens=1500, temperature=0)
     server.process.send_signal(signal.SIGTERM)
     probe = server.wait_for(
         lambda: response if (response := server.get("/readyz")).status_code != 200 else None,
@@ -155,12 +182,13 @@ def test_sigterm_lets_streams_finish(start_server: StartServer, tiny_model: Path
     assert server.get("/livez").status_code == 200
     reader.join()
     assert reader.error is None
-    assert reader.finish_reason == "length" and len(reader.chunks) == 800
+    assert reader.finish_reason == "length" and len(reader.chunks) == 1500
     assert server.process.wait(120) == 0
     assert is_gone(engine_pid)
     assert " ERROR " not in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_streams_that_outlast_the_shutdown_timeout_end_with_an_error(
     start_server: StartServer, tiny_model: Path
 ) -> None:
@@ -190,9 +218,10 @@ def test_engine_dies_with_its_parent(start_server: StartServer, tiny_model: Path
     server = start_server(tiny_model, *TINY)
     engine_pid = server.engine_pid
     assert engine_pid is not None
-    Reader(server, model="tiny", max_tokens=4000, temperature=0)  # while it is at work
+    reader = Reader(server, model="tiny", max_tokens=4000, temperature=0)  # while it is at work
     os.kill(server.process.pid, signal.SIGKILL)
     server.wait_for(lambda: is_gone(engine_pid), "the engine's death")
+    assert reader.join().error is not None
 
 
 def test_sigterm_while_loading(start_server: StartServer, tiny_model: Path) -> None:

@@ -126,7 +126,7 @@ def share_machine(
         if needed > present:
             raise ConfigError(
                 f"{num_replicas} replicas need {needed} {name}, and this machine has {present}. "
-                "Lower --num-replicas or --threads."
+                "Lower --num-replicas or threads."
             )
     return replace(config, device=replace(config.device, device=device, threads=threads))
 

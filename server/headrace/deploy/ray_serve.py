@@ -105,7 +105,7 @@ class BuildArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(
-        "", description="As for `headrace serve`; every node must be able to resolve it."
+        default="", description="As for `headrace serve`; every node must be able to resolve it."
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of `headrace serve` by name, such as threads."

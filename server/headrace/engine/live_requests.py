@@ -134,6 +134,8 @@ class LiveRequests:
         self._by_handle: dict[int, LiveStream] = {}
         self._handle_of: dict[str, int] = {}
         self._next_handle = itertools.count(1)
+        self._aborted: dict[str, LiveStream] = {}
+        """Those whose readers have left, until the engine's record comes."""
         self._queued: dict[str, int] = {}
         """request id -> prompt tokens, of those that wait for their first token."""
         self._queued_tokens = 0
@@ -177,10 +179,12 @@ class LiveRequests:
                 if stream.done:
                     self._forget(stream)
             if output.record is not None:
+                self._aborted.pop(output.request_id, None)
                 self._on_end(output.record)
 
     def replays(self) -> Iterable[tuple[int, GenerateRequest]]:
         """What to submit to a restarted engine. Fails requests that seem to kill engines."""
+        self._close_aborted()
         for handle, stream in list(self._by_handle.items()):
             if stream.request_id not in self._queued:
                 stream.deaths += 1
@@ -200,6 +204,8 @@ class LiveRequests:
             )
 
     def fail_all(self, error: HeadraceError) -> None:
+        """End all requests with `error`: there will be no engine any more."""
+        self._close_aborted()
         for stream in list(self._by_handle.values()):
             self._lose(stream, error)
 
@@ -211,29 +217,19 @@ class LiveRequests:
         """The reader has left: nothing more is delivered, the engine frees the blocks."""
         stream.end_unfinished()
         self._forget(stream)
+        self._aborted[stream.request_id] = stream
         self._on_abort(stream.request_id)
+
+    def _close_aborted(self) -> None:
+        """The engine that was told of these aborts is gone."""
+        for stream in self._aborted.values():
+            self._on_end(_own_record(stream, FinishReason.ABORT))
+        self._aborted.clear()
 
     def _lose(self, stream: LiveStream, error: HeadraceError) -> None:
         self._forget(stream)
         stream.fail(error)
-        request = stream.request
-        now = time.monotonic()
-        self._on_end(
-            RequestRecord(
-                request_id=request.request_id,
-                finish_reason=FinishReason.ERROR,
-                prompt_tokens=len(request.prompt_token_ids),
-                output_tokens=len(stream.received),
-                cached_tokens=0,
-                preemptions=0,
-                arrival_time=request.arrival_time,
-                scheduled_time=0.0,
-                first_token_time=0.0,
-                finished_time=now,
-                tenant=request.tenant,
-                max_tokens=request.sampling.max_tokens,
-            )
-        )
+        self._on_end(_own_record(stream, FinishReason.ERROR))
 
     def _forget(self, stream: LiveStream) -> None:
         handle = self._handle_of.pop(stream.request_id, None)
@@ -264,6 +260,25 @@ class LiveRequests:
             f"The server is overloaded: {what}. Retry later.",
             retry_after=min(max(wait, 1.0), 60.0),
         )
+
+
+def _own_record(stream: LiveStream, reason: FinishReason) -> RequestRecord:
+    """The account of a request whose engine cannot give it any more."""
+    request = stream.request
+    return RequestRecord(
+        request_id=request.request_id,
+        finish_reason=reason,
+        prompt_tokens=len(request.prompt_token_ids),
+        output_tokens=len(stream.received),
+        cached_tokens=0,
+        preemptions=0,
+        arrival_time=request.arrival_time,
+        scheduled_time=0.0,
+        first_token_time=0.0,
+        finished_time=time.monotonic(),
+        tenant=request.tenant,
+        max_tokens=request.sampling.max_tokens,
+    )
 
 
 def _check(request: GenerateRequest, info: ModelInfo) -> None:

@@ -1,0 +1,76 @@
+// Quantized products in plain C++: the fallback, and the specification of the other two, which give
+// the same bits.
+#pragma once
+
+#include "headrace/cpu/quantized_linear.h"
+
+namespace headrace::cpu::quantized {
+
+struct Scalar {
+    static constexpr int MAX_ROWS = 4;
+
+    template <class Value>
+    static void quantize_row(const Value* x, int64_t groups, uint8_t* tile, int rows, int row) {
+        for (int64_t g = 0; g < groups; ++g, x += GROUP) {
+            float values[GROUP], lowest = 0.0f, highest = 0.0f;
+            bool has_nan = false;
+            for (int k = 0; k < GROUP; ++k) {
+                if constexpr (sizeof(Value) == 2) values[k] = from_bf16(x[k]);
+                else values[k] = x[k];
+                has_nan |= values[k] != values[k];
+                lowest = values[k] < lowest ? values[k] : lowest;
+                highest = values[k] > highest ? values[k] : highest;
+            }
+            const Quantizer quantizer(lowest, highest, has_nan);
+            const ActivationGroup to(tile, g, rows, row);
+            int sum = 0;
+            for (int k = 0; k < GROUP; ++k) {
+                const float scaled = std::nearbyint(values[k] * quantizer.inverse);
+                // What is not finite has made the scale NaN; any q will do.
+                int q = std::fabs(scaled) <= 256.0f ? static_cast<int>(scaled) : 0;
+                q += quantizer.zero_point;
+                q = q < -128 ? -128 : q > 127 ? 127 : q;
+                to.q[k] = static_cast<int8_t>(q);
+                sum += q;
+            }
+            quantizer.store_facts(to, sum);
+        }
+    }
+
+    template <class F, int R>
+    static void product(const uint8_t* weights, uint8_t* tile, int64_t groups, float* out) {
+        for (int i = 0; i < R * COLUMNS; ++i) out[i] = 0.0f;
+        for (int64_t g = 0; g < groups; ++g, weights += F::BYTES) {
+            for (int r = 0; r < R; ++r) {
+                const ActivationGroup x(tile, g, R, r);
+                const int minus_z = load<int16_t>(x.offsets), minus_sum = load<int16_t>(x.offsets + 2);
+                const float scale = load<float>(x.scale), scaled_sum = load<float>(x.scaled_sum);
+                for (int c = 0; c < COLUMNS; ++c) {
+                    int dot = 0, sum = 0;
+                    for (int k = 0; k < GROUP; ++k) {
+                        const int u = weight<F>(weights, c, k);
+                        dot += u * x.q[k];
+                        sum += u;
+                    }
+                    const float d = from_fp16(load<uint16_t>(weights + F::SCALES + 2 * c));
+                    const auto exact = static_cast<float>(dot + sum * minus_z + F::ZERO * minus_sum);
+                    float& total = out[r * COLUMNS + c];
+                    total = std::fma(exact * d, scale, total);
+                    if constexpr (F::MINIMUM) {
+                        const float m = from_fp16(load<uint16_t>(weights + F::MINIMA + 2 * c));
+                        total = std::fma(m, scaled_sum, total);
+                    }
+                }
+            }
+        }
+    }
+
+    template <class F>
+    static HEADRACE_INLINE int weight(const uint8_t* group, int column, int k) {
+        if constexpr (F::BITS == 8) return group[(k / 4 * COLUMNS + column) * 4 + k % 4];
+        const uint8_t both = group[(k % 16 / 4 * COLUMNS + column) * 4 + k % 4];
+        return k < 16 ? both & 15 : both >> 4;
+    }
+};
+
+}  // namespace headrace::cpu::quantized

@@ -1,0 +1,1 @@
+"""The Python side of the C++ kernels for CPUs: the signatures of KernelSet over torch.ops."""
