@@ -108,7 +108,7 @@ serve: $(VENV)/.runtime
 	@exec $(BIN)/headrace serve $(SERVE_ARGS)
 
 serve-ray: $(VENV)/.ray
-	@exec $(BIN)/python -m headrace.deploy.local_cluster $(SERVE_ARGS)
+	@exec $(BIN)/headrace serve-ray $(SERVE_ARGS)
 
 # ---- check -------------------------------------------------------------------------------------
 

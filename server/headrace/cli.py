@@ -19,7 +19,7 @@ from headrace.config import (
     option_specs,
     parse_size,
 )
-from headrace.errors import ConfigError, HeadraceError
+from headrace.errors import ConfigError, EngineError, HeadraceError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,13 +33,13 @@ MODEL_HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. 2: the user's input was at fault, 1: something else."""
+    """Run one command; the exit status. 2: files or options are at fault, 1: something else."""
     try:
         args = _parse(argv)
         return int(args.run(args))
     except HeadraceError as error:
         print(f"headrace: {error.message}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, EngineError) else 2
     except KeyboardInterrupt:
         return 130
 
@@ -49,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     """Answers a wrong option with one line, not with a page of usage."""
+
+    def __init__(self, **keywords: Any) -> None:
+        # An abbreviation that works today is ambiguous once there is one more option.
+        super().__init__(**keywords, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ('{self.prog} --help' shows all options).\n")
@@ -72,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(serve)
     _add_options(serve, server=True)
     serve.set_defaults(run=_serve)
+
+    serve_ray = commands.add_parser(
+        "serve-ray", help="the same as a Ray Serve application, on a Ray of this machine"
+    )
+    _add_model(serve_ray)
+    serve_ray.add_argument("--num-replicas", type=int, default=1, help="copies of the model")
+    _add_options(serve_ray, server=True)
+    serve_ray.set_defaults(run=_serve_ray)
 
     generate = commands.add_parser("generate", help="continue a prompt, or answer it, and exit")
     generate.add_argument("prompt", help="the text; '-' reads standard input")
@@ -199,6 +211,13 @@ def _serve(args: argparse.Namespace) -> int:
         return runner.run(
             serve.run(config, options, on_ready=on_ready, on_progress=progress.update)
         )
+
+
+def _serve_ray(args: argparse.Namespace) -> int:
+    from headrace.deploy import local_cluster
+
+    config, options, _ = _options(args)
+    return local_cluster.run(config, options, num_replicas=args.num_replicas)
 
 
 def _console() -> Console:

@@ -11,10 +11,11 @@ import contextlib
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -34,6 +35,7 @@ from headrace.text.processor import TextProcessor
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 EXIT_OK, EXIT_ENGINE_LOST, EXIT_INTERRUPTED = 0, 1, 130
@@ -50,16 +52,12 @@ class Service:
         on_dead: Callable[[HeadraceError], None] = lambda error: None,
         on_progress: Progress = lambda read, total: None,
     ) -> None:
-        """Resolves the model's name to files, downloading them if they are on a hub.
-
-        Raises CheckpointError if it cannot be found.
-        """
-        reference = config.model
-        self.path = resolve_model(reference, revision=config.model_options.revision)
-        names = options.served_model_name or (_default_name(reference, self.path),)
+        names = options.served_model_name or (_default_name(config.model),)
+        self.path = Path()
+        """Of the model's files, once they are found."""
         self.metrics = Metrics(names[0])
         self.client = ProcessEngineClient(
-            replace(config, model=str(self.path)),
+            config,
             limits=QueueLimits(options.max_queued_requests, options.max_queued_tokens),
             step_timeout=options.step_timeout,
             log_level=options.log_level,
@@ -88,17 +86,23 @@ class Service:
             ),
             self.metrics,
         )
-        self._chat_template = config.model_options.chat_template
+        self._config = config
 
     async def start(self) -> ModelInfo:
-        """Start the engine and read the text side meanwhile; returns when requests can come.
+        """Find the model, downloading it if it is on a hub; start the engine and read the text side
+        meanwhile. Returns when requests can come.
 
-        Raises CheckpointError or EngineError for a model that cannot be served.
+        Raises CheckpointError, ConfigError or EngineError for a model that cannot be served.
         """
+        options = self._config.model_options
+        self.path = await _in_daemon_thread(
+            lambda: resolve_model(self._config.model, revision=options.revision)
+        )
+        self.client.config = replace(self._config, model=str(self.path))
         await self.client.start()
         checkpoint = await asyncio.to_thread(open_checkpoint, self.path)
         self.model.text = await asyncio.to_thread(
-            TextProcessor.from_assets, checkpoint.tokenizer, template_file=self._chat_template
+            TextProcessor.from_assets, checkpoint.tokenizer, template_file=options.chat_template
         )
         self.model.digest = await asyncio.to_thread(lambda: checkpoint.digest)
         info = await self.client.wait_ready()
@@ -128,13 +132,40 @@ class Service:
         await self.client.close()
 
 
-def _default_name(reference: str, path: Path) -> str:
+def _default_name(reference: str) -> str:
     """What clients call the model when nobody says: as it was asked for, or its file's name."""
     if not reference:
         return DEFAULT_MODEL
-    if Path(reference).exists():
-        return path.stem if path.suffix == ".gguf" else path.name
-    return reference
+    path = Path(reference)
+    if not path.exists():
+        return reference
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
+async def _in_daemon_thread(function: Callable[[], T]) -> T:
+    """Run what may take very long (a download) where it cannot keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def deliver(value: T | None, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]  # T may itself be optional
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, value, error)
+
+    threading.Thread(target=work, name="model-files", daemon=True).start()
+    return await result
 
 
 # --- `headrace serve` -------------------------------------------------------------------------

@@ -77,8 +77,8 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def running_cluster(log: Path, *arguments: str) -> Iterator[Cluster]:
-    command = [sys.executable, "-P", "-m", "headrace.deploy.local_cluster", "--port", "0"]
-    options = ["--option", "kv_cache_memory_bytes=256MiB", "--option", "max_model_len=1024"]
+    command = [sys.executable, "-P", "-m", "headrace.cli", "serve-ray", "--port", "0"]
+    options = ["--kv-cache-memory-bytes", "256MiB", "--max-model-len", "1024"]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, *options, *arguments], stderr=file, stdout=file, env=environment()

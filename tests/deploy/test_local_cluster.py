@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.cli import main
 from headrace.config import DeviceOptions, EngineConfig
-from headrace.deploy.local_cluster import main, root_cause, share_machine
+from headrace.deploy.local_cluster import root_cause, share_machine
 from headrace.deploy.switches import SERVING, set_local_switches
 from headrace.errors import ConfigError
 
@@ -17,23 +18,21 @@ from headrace.errors import ConfigError
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--option", "thread=2"], "did you mean 'threads'"),
-        (["--option", "threads=two"], "key 'threads'"),
-        (["--option", "threads"], "key 'threads'"),
+        (["--thread", "2"], "did you mean '--threads'"),
         (["--num-replicas", "0"], "--num-replicas must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_before_ray_starts(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments) == 2
+    assert main(["serve-ray", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["--port", str(port)]) == 2
+        assert main(["serve-ray", "--port", str(port)]) == 2
     assert f"Cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 

@@ -54,7 +54,7 @@ def test_ray_replaces_a_replica_whose_engine_has_given_up(
 def test_replicas_share_the_load_and_a_killed_one_takes_its_engine(
     start_cluster: Start, wait_until: WaitUntil, assert_gone: AssertGone
 ) -> None:
-    cluster = start_cluster("--num-replicas", "2", "--option", "threads=1")
+    cluster = start_cluster("--num-replicas", "2", "--threads", "1")
     engines = cluster.engines()
     assert len(engines) == 2
     spent = [sum(engine.cpu_times()[:2]) for engine in engines]
@@ -76,7 +76,7 @@ def test_replicas_share_the_load_and_a_killed_one_takes_its_engine(
 def test_an_abrupt_end_leaves_no_engine(
     start_cluster: Start, assert_gone: AssertGone, end: str
 ) -> None:
-    cluster = start_cluster("--option", "shutdown_timeout=60")
+    cluster = start_cluster("--shutdown-timeout", "60")
     everything = cluster.descendants()
     ours = [*cluster.engines(), *(engine.parent() for engine in cluster.engines())]
     stream = cluster.client().completions.create(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+from headrace_kernels import dispatch, native
+
+ISA_LEVELS = ("scalar", "avx2", "avx512")
 
 
 @pytest.fixture
@@ -17,7 +23,44 @@ def rng() -> np.random.Generator:
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Thread counts among which work is split at different elements."""
-    before = torch.get_num_threads()
+    before, native_before = torch.get_num_threads(), native.num_threads()
     torch.set_num_threads(request.param)
+    native.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+    native.set_num_threads(native_before)
+
+
+@contextlib.contextmanager
+def native_level(isa: str) -> Iterator[str]:
+    if reason := native.unavailable():
+        pytest.skip(f"native kernels: {reason}")
+    before = native.cpu_isa()
+    try:
+        native.set_cpu_isa(isa)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield isa
+    native.set_cpu_isa(before)
+
+
+@pytest.fixture(params=ISA_LEVELS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this CPU, for the native kernels."""
+    with native_level(request.param) as level:
+        yield level
+
+
+@pytest.fixture(params=("reference", *ISA_LEVELS))
+def implementation(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Runs a test of the public ops on the reference and on every level of the native kernels."""
+    if request.param != "reference":
+        with native_level(request.param) as level:
+            yield level
+        return
+    explicit = dict.fromkeys(dispatch.OPS, "reference")
+    choose = functools.cache(lambda facts: dispatch.choose(facts, explicit))
+    monkeypatch.setattr(dispatch, "_automatic", choose)
+    yield request.param

@@ -6,6 +6,8 @@ import torch
 from headrace_kernels.ops.activation import silu_and_mul
 from headrace_kernels.testing import TOLERANCES, assert_close, poisoned
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1536), (5, 33), (0, 16)])

@@ -7,6 +7,8 @@ from torch import Tensor
 from headrace_kernels.ops.norm import add_rms_norm, rms_norm
 from headrace_kernels.testing import TOLERANCES, assert_close, poisoned
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -15,6 +15,8 @@ from headrace_kernels.testing import (
     random_cache,
 )
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 LENGTHS = [(1, 17), (20, 20), (3, 33)]
 
 

@@ -5,7 +5,6 @@ Clusters that exist already take `ray_serve.build_app` through Serve's own tools
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -13,13 +12,13 @@ import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from types import FrameType
 
-from headrace.config import EngineConfig, ServerOptions, load_options
+from headrace.config import EngineConfig, ServerOptions
 from headrace.deploy.switches import set_local_switches
-from headrace.errors import ConfigError, EngineError, HeadraceError
+from headrace.errors import ConfigError, EngineError
 from headrace.observability.logging import configure_logging
 from headrace.serve import EXIT_INTERRUPTED, EXIT_OK, listen
 
@@ -30,31 +29,6 @@ OBJECT_STORE_BYTES = 100 << 20
 """Ray would reserve 30% of the memory, and nothing of ours passes through it."""
 READY_TIMEOUT = 30.0
 """Seconds between Serve's "running" and a route that leads there."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m headrace.deploy.local_cluster")
-    parser.add_argument("model", nargs="?", default="", help="as for headrace serve")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: a free one")
-    parser.add_argument("--num-replicas", type=int, default=1, help="copies of the model")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of headrace serve, such as threads=2; may be given more than once",
-    )
-    args = parser.parse_args(argv)
-    pairs = dict(option.partition("=")[::2] for option in args.option)
-    address = {"host": args.host, "port": args.port}
-    try:
-        config, options, _ = load_options(args.model, address, pairs)
-        return run(config, options, num_replicas=args.num_replicas)
-    except HeadraceError as error:
-        print(f"headrace: {error.message}", file=sys.stderr)
-        return 2
 
 
 def run(config: EngineConfig, options: ServerOptions, *, num_replicas: int = 1) -> int:
@@ -231,7 +205,3 @@ class _Signals:
             os._exit(EXIT_INTERRUPTED)  # Ray's processes watch this one and follow
         self.patience -= 1
         raise _StopError
-
-
-if __name__ == "__main__":
-    sys.exit(main())

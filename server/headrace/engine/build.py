@@ -24,7 +24,7 @@ from headrace.layers.weights import WeightTensor
 from headrace.loading.checkpoint import Checkpoint
 from headrace.models.base import CausalLM, build_model
 from headrace.models.config import ModelConfig
-from headrace_kernels import dispatch
+from headrace_kernels import dispatch, native
 from headrace_kernels.kernel_set import KernelSet
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,13 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     plan = make_plan(config)
     resolved = plan.resolved
     torch.set_num_threads(resolved.threads)
+    native.set_num_threads(resolved.threads)
     kernels = _choose_kernels(resolved, plan.model)
     model = _load_model(plan, kernels, progress)
+    chosen = dict(kernels.names)
+    if chosen["linear"] == chosen["attention"] == "cpu":
+        # What is left to torch is small, and its workers spin for milliseconds behind each op.
+        torch.set_num_threads(1)
     running = RunningRequests(
         resolved.max_num_seqs,
         resolved.max_model_len,

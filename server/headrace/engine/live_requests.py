@@ -44,6 +44,7 @@ class LiveStream:
         self.received: list[int] = []
         """All output tokens so far: what a replay starts from."""
         self.deaths = 0
+        self.first_token_time = 0.0
         self.done = False
         self._on_abort = on_abort
         self._tokens: list[int] = []
@@ -93,6 +94,8 @@ class LiveStream:
         self._news.set()
 
     def push(self, output: RequestOutput) -> None:
+        if output.token_ids and not self.received:
+            self.first_token_time = time.monotonic()
         self.received.extend(output.token_ids)
         self._tokens.extend(output.token_ids)
         if output.logprobs:
@@ -180,7 +183,10 @@ class LiveRequests:
                     self._forget(stream)
             if output.record is not None:
                 self._aborted.pop(output.request_id, None)
-                self._on_end(output.record)
+                record = output.record
+                if stream is not None and stream.deaths and stream.first_token_time:
+                    record = _across_engines(record, stream.first_token_time)
+                self._on_end(record)
 
     def replays(self) -> Iterable[tuple[int, GenerateRequest]]:
         """What to submit to a restarted engine. Fails requests that seem to kill engines."""
@@ -208,10 +214,6 @@ class LiveRequests:
         self._close_aborted()
         for stream in list(self._by_handle.values()):
             self._lose(stream, error)
-
-    def abort_all(self) -> None:
-        for stream in list(self._by_handle.values()):
-            stream.abort()
 
     def _abort(self, stream: LiveStream) -> None:
         """The reader has left: nothing more is delivered, the engine frees the blocks."""
@@ -278,6 +280,15 @@ def _own_record(stream: LiveStream, reason: FinishReason) -> RequestRecord:
         finished_time=time.monotonic(),
         tenant=request.tenant,
         max_tokens=request.sampling.max_tokens,
+    )
+
+
+def _across_engines(record: RequestRecord, first_token_time: float) -> RequestRecord:
+    """The last engine of a replayed request knows its own part only: the first token was earlier."""
+    return msgspec.structs.replace(
+        record,
+        first_token_time=first_token_time,
+        scheduled_time=min(record.scheduled_time, first_token_time),
     )
 
 

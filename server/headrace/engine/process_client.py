@@ -43,7 +43,7 @@ from headrace.engine.wire import (
     Submit,
     ToEngine,
 )
-from headrace.errors import EngineError, HeadraceError, UnavailableError
+from headrace.errors import ConfigError, EngineError, HeadraceError, UnavailableError
 from headrace.sampling_params import GenerateRequest
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class ProcessEngineClient:
         self.info: ModelInfo | None = None
         self.stats = EngineStats()
         self.restarts = 0
-        self._config = config
+        self.config = config
+        """What engines are started with; `model` must be a local path by then."""
         self._step_timeout = step_timeout
         self._log_level = log_level
         self._log_format = log_format
@@ -167,6 +168,7 @@ class ProcessEngineClient:
                 return
             self.state = EngineState.RESTARTING if self.info else EngineState.LOADING
             self.restarts += 1
+            self._observe(EngineStats())  # nothing runs until the next one is ready
             logger.error(
                 "The engine died; restarting it (%d requests will be replayed)", len(self._live)
             )
@@ -204,7 +206,7 @@ class ProcessEngineClient:
             pass_fds=[socket_fd],
             env=engine_environment(),
         )
-        startup = Startup(socket_fd, self._config, self._log_level, self._log_format)
+        startup = Startup(socket_fd, self.config, self._log_level, self._log_format)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; its exit tells
             process.stdin.write(msgspec.json.encode(startup) + b"\n")
@@ -261,7 +263,9 @@ class ProcessEngineClient:
                     f"{WIRE_VERSION}: two versions of Headrace are mixed in this environment."
                 )
             case LoadFailed():
-                if message.user_error or self.info is None:
+                if message.user_error:
+                    return ConfigError(message.message)
+                if self.info is None:
                     return EngineError(message.message)
         return None
 
