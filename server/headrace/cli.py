@@ -59,7 +59,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    args, unknown = _parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, unknown = _parser(with_bench="bench" in argv[:1]).parse_known_args(argv)
     if unknown:
         option = unknown[0].partition("=")[0]
         known = [f"--{spec.name.replace('_', '-')}" for spec in option_specs()]
@@ -67,7 +68,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     parser = _Parser(prog="headrace", description="An LLM inference server.")
     parser.add_argument("--version", action="version", version=f"headrace {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -105,14 +106,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(kernels, server=False)
     kernels.set_defaults(run=_kernels)
 
-    _add_bench(commands)
+    bench = commands.add_parser("bench", help="measure a running server")
+    if with_bench:  # its imports would delay the start of the others
+        _add_benchmarks(bench)
     return parser
 
 
-def _add_bench(commands: Any) -> None:
+def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
     from headrace.bench import serve as bench_serve
 
-    bench = commands.add_parser("bench", help="measure a running server")
     benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     command = benches.add_parser("serve", help="open-loop load test over HTTP")
     bench_serve.add_arguments(command)
@@ -267,11 +269,14 @@ def _print_ready(console: Console, service: Service, url: str) -> None:
     info = service.client.info
     assert info is not None, "ready means that the engine has described itself"
     tokens = info.num_blocks * info.block_size
-    kernels = ", ".join(f"{stem} {name}" for stem, name in sorted(info.kernels.items()))
+    stems: dict[str, list[str]] = {}
+    for stem, name in sorted(info.kernels.items()):
+        stems.setdefault(name, []).append(stem)
+    kernels = "; ".join(f"{name} ({', '.join(found)})" for name, found in stems.items())
     names = [service.model.name, *service.model.aliases]
     rows = [
         ("Model", f"{', '.join(names)} ({service.path.name})"),
-        ("Weights", f"{_size(info.weight_bytes)} in {info.dtype}, {info.load_seconds:.1f} s"),
+        ("Weights", f"{_size(info.weight_bytes)}, read in {info.load_seconds:.1f} s"),
         ("Device", f"{info.device}"),
         ("Kernels", kernels),
         (
@@ -349,7 +354,7 @@ def _plan(args: argparse.Namespace) -> int:
         rows.append((name, str(getattr(resolved, name)), why))
     kv_per_token = f"{resolved.kv_bytes_per_token:,} bytes a token"
     rows += [
-        ("weights", _size(resolved.weight_bytes), f"parameters in {resolved.dtype}"),
+        ("weights", _size(resolved.weight_bytes), resolved.why["weight_bytes"]),
         ("KV cache", _size(resolved.kv_cache_bytes), resolved.why["kv_cache_bytes"]),
         ("KV capacity", f"{resolved.kv_capacity_tokens:,} tokens", kv_per_token),
         (

@@ -97,6 +97,10 @@ def _invalid(error: ValidationError) -> InvalidRequestError:
         return InvalidRequestError(
             f"{path} is required.", param=path, code="missing_required_parameter"
         )
+    if kind in ("too_short", "too_long") and (context := first.get("ctx")):
+        limit = context["min_length" if kind == "too_short" else "max_length"]
+        bound = "at least" if kind == "too_short" else "at most"
+        return InvalidRequestError(f"{path} must have {bound} {limit} item(s).", param=path)
     text = message.removeprefix("Value error, ").removeprefix("Input ")
     code = "invalid_type" if kind.endswith(("_type", "_parsing", "_from_float")) else None
     return InvalidRequestError(f"{path} {text}.", param=path, code=code)
