@@ -24,6 +24,7 @@ from headrace.layers.weights import WeightTensor
 from headrace.loading.checkpoint import Checkpoint
 from headrace.models.base import CausalLM, build_model
 from headrace.models.config import ModelConfig
+from headrace.quantization.gguf_blocks import GGUFBlocks
 from headrace_kernels import dispatch, native
 from headrace_kernels.kernel_set import KernelSet
 
@@ -139,7 +140,13 @@ def _load_model(plan: Plan, kernels: KernelSet, progress: Progress) -> CausalLM:
         kernels=kernels,
         max_positions=plan.resolved.max_model_len,
     )
-    model.load_weights(_with_progress(plan.checkpoint, progress))
+    # The file is there, but it may not load, and the reference is no faster than dense weights.
+    packs = plan.resolved.packs_weights and (
+        dict(kernels.names)["quantized_linear"] != "reference"
+        or "quantized_linear" in explicit_kernels(plan.resolved.kernel)
+    )
+    method = GGUFBlocks() if packs else None
+    model.load_weights(_with_progress(plan.checkpoint, progress), method)
     return model.eval()
 
 

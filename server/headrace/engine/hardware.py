@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def probe(device: str = "auto") -> Hardware:
         cores=usable_cores(),
         memory_bytes=_available_memory(),
         has_bf16=bool(BF16_FLAGS & _cpu_flags()),
+        has_native=importlib.util.find_spec("headrace_kernels._C") is not None,
     )
 
 

@@ -284,7 +284,7 @@ def _own_record(stream: LiveStream, reason: FinishReason) -> RequestRecord:
 
 
 def _across_engines(record: RequestRecord, first_token_time: float) -> RequestRecord:
-    """The last engine of a replayed request knows its own part only: the first token was earlier."""
+    """The last engine of a replayed request knows only its own part: its first token is older."""
     return msgspec.structs.replace(
         record,
         first_token_time=first_token_time,

@@ -8,7 +8,9 @@ from pathlib import Path
 from headrace.config import EngineConfig, Hardware, ModelFacts, ResolvedConfig, resolve
 from headrace.engine.hardware import probe
 from headrace.loading.checkpoint import Checkpoint, open_checkpoint
+from headrace.loading.gguf_weights import GGUFTensor
 from headrace.models.config import ModelConfig
+from headrace.quantization.gguf_formats import packed_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ def make_plan(config: EngineConfig) -> Plan:
     checkpoint = open_checkpoint(Path(config.model))
     model = model_config(checkpoint)
     hardware = probe(config.device.device)
+    packed_parameters, packed_bytes = _packed_sizes(checkpoint)
     facts = ModelFacts(
         name=checkpoint.path.name,
         architecture=model.architecture,
@@ -37,6 +40,8 @@ def make_plan(config: EngineConfig) -> Plan:
         kv_elements_per_token=model.kv_elements_per_token,
         checkpoint_dtype=model.checkpoint_dtype,
         vocab_size=model.vocab_size,
+        packed_parameters=packed_parameters,
+        packed_bytes=packed_bytes,
     )
     return Plan(checkpoint, model, hardware, resolve(config, hardware, facts))
 
@@ -47,3 +52,16 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
         return ModelConfig.from_gguf(checkpoint.gguf_metadata, checkpoint.rope_frequency_factors)
     assert checkpoint.hf_config is not None, "a folder without config.json is refused when opened"
     return ModelConfig.from_hf(checkpoint.hf_config, checkpoint.generation_config)
+
+
+def _packed_sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Parameters that can be kept in packed form, and the bytes they take then."""
+    parameters = nbytes = 0
+    for tensor in checkpoint.weights():
+        if not isinstance(tensor, GGUFTensor):
+            continue
+        if (fmt := packed_format(tensor.quantization, tensor.shape)) is not None:
+            rows, columns = tensor.shape
+            parameters += rows * columns
+            nbytes += fmt.nbytes(rows, columns)
+    return parameters, nbytes

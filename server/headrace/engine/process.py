@@ -28,6 +28,7 @@ from headrace.engine.wire import (
     Hello,
     LoadFailed,
     LoadProgress,
+    PrefixCacheReset,
     Ready,
     ResetPrefixCache,
     Shutdown,
@@ -117,9 +118,7 @@ class EngineProcess:
             case Abort(request_id=request_id):
                 engine.abort(request_id)
             case ResetPrefixCache():
-                self._send(
-                    Heartbeat(engine.stats(), prefix_cache_reset=engine.reset_prefix_cache())
-                )
+                self._send(PrefixCacheReset(engine.reset_prefix_cache()))
             case Shutdown():
                 self._stop = True
 
@@ -143,7 +142,11 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging(startup.log_level, startup.log_format)
     channel = BlockingChannel(socket.socket(fileno=startup.socket_fd))
-    status = EngineProcess(channel).run(startup.config)
+    try:
+        status = EngineProcess(channel).run(startup.config)
+    except Exception:
+        logger.exception("A bug ended the engine")
+        status = 1
     # The channel closes with the process: earlier, the parent would drop the lifeline first.
     logging.shutdown()
     os._exit(status)  # torch's and the lifeline's threads are not worth waiting for

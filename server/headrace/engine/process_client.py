@@ -36,6 +36,7 @@ from headrace.engine.wire import (
     Hello,
     LoadFailed,
     LoadProgress,
+    PrefixCacheReset,
     Ready,
     ResetPrefixCache,
     Shutdown,
@@ -251,8 +252,9 @@ class ProcessEngineClient:
                     self._observe(message.stats)
             case Heartbeat():
                 self._observe(message.stats)
+            case PrefixCacheReset():
                 if self._reset_reply is not None and not self._reset_reply.done():
-                    self._reset_reply.set_result(message.prefix_cache_reset)
+                    self._reset_reply.set_result(message.done)
             case LoadProgress():
                 self._on_progress(message.bytes_read, message.bytes_total)
             case Ready():

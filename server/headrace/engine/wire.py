@@ -65,8 +65,11 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
     """Sent when the engine is idle, so that its age can be told from its death."""
 
     stats: EngineStats
-    prefix_cache_reset: bool = False
+
+
+class PrefixCacheReset(msgspec.Struct, frozen=True, tag="prefix_cache_reset", array_like=True):
+    done: bool
 
 
 ToEngine = Submit | Abort | ResetPrefixCache | Shutdown
-FromEngine = Hello | LoadProgress | Ready | LoadFailed | StepOutputs | Heartbeat
+FromEngine = Hello | LoadProgress | Ready | LoadFailed | StepOutputs | Heartbeat | PrefixCacheReset
