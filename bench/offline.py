@@ -25,12 +25,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from headrace.config import CacheOptions, EngineConfig, ModelOptions
+from headrace.config import CacheOptions, DeviceOptions, EngineConfig, ModelOptions
 from headrace.engine.build import build_engine
 from headrace.engine.engine import Engine
 from headrace.engine.hardware import probe
 from headrace.loading.resolver import resolve_model
 from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace_kernels.dispatch import OPS
 
 PROMPT_TOKENS = 32
 
@@ -99,17 +100,24 @@ def main() -> None:
     args = parser.parse_args()
     path = resolve_model(args.model)
     contenders: dict[str, Callable[[], float]] = {}
-    for dtype in ("float32", "bfloat16"):
+    reference = tuple(f"{stem}=reference" for stem in OPS)
+    for label, dtype, kernels in (
+        ("headrace", "auto", ()),
+        ("headrace reference bfloat16", "bfloat16", reference),
+        ("headrace reference float32", "float32", reference),
+    ):
         engine = build_engine(
             EngineConfig(
                 model=str(path),
                 model_options=ModelOptions(dtype=dtype, max_model_len=1024),
                 cache=CacheOptions(kv_cache_memory_bytes=1 << 30),
+                device=DeviceOptions(device="cpu", threads=args.threads, kernel=kernels),
             )
         )
         for requests in (1, 16):
             run = headrace_run(engine, requests, args.output_tokens)
-            contenders[f"headrace {dtype} B={requests}"] = run
+            contenders[f"{label} B={requests}"] = run
+    for dtype in ("float32", "bfloat16"):
         name = f"transformers {dtype} B=1"
         contenders[name] = transformers_run(path, getattr(torch, dtype), args.output_tokens)
     torch.set_num_threads(args.threads)
@@ -121,9 +129,9 @@ def main() -> None:
                 rates[name].append(rate)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     base = max(rate for name, rate in medians.items() if name.startswith("transformers"))
-    print(f"{'':<28}{'tok/s':>8}{'ratio':>8}")
+    print(f"{'':<34}{'tok/s':>8}{'ratio':>8}")
     for name, rate in medians.items():
-        print(f"{name:<28}{rate:>8.1f}{rate / base:>8.2f}")
+        print(f"{name:<34}{rate:>8.1f}{rate / base:>8.2f}")
     if args.save:
         record = {
             "command": f"bench/offline.py --rounds {args.rounds} "

@@ -92,6 +92,24 @@ def test_defaults_for_a_small_model_on_a_cpu():
     assert resolved.why["dtype"] == "the CPU has bf16 dot products"
 
 
+def test_quantized_weights_are_kept_where_kernels_take_them():
+    packed = SMALL.num_parameters // 2
+    model = dataclasses.replace(SMALL, packed_parameters=packed, packed_bytes=packed // 2)
+    native = dataclasses.replace(CPU, has_native=True)
+    resolved = resolve(EngineConfig(), native, model)
+    assert resolved.packs_weights
+    assert resolved.weight_bytes == 2 * (SMALL.num_parameters - packed) + packed // 2
+    assert resolved.why["weight_bytes"].startswith("quantized weights as they are")
+    exact = EngineConfig(model_options=ModelOptions(dtype="float32"))
+    for config, hardware, facts in (
+        (exact, native, model),
+        (EngineConfig(), CPU, model),
+        (EngineConfig(), native, SMALL),
+        (EngineConfig(), dataclasses.replace(GPU, has_native=True), model),
+    ):
+        assert not resolve(config, hardware, facts).packs_weights
+
+
 def test_without_bf16_hardware_a_cpu_computes_in_fp32():
     hardware = dataclasses.replace(CPU, has_bf16=False)
     assert resolve(EngineConfig(), hardware, SMALL).dtype == "float32"

@@ -27,6 +27,7 @@ OPS = {
     "activation": ("silu_and_mul",),
     "attention": ("paged_attention",),
     "linear": ("linear",),
+    "quantized_linear": ("quantized_linear", "quantized_embedding"),
 }
 """The functions of each stem."""
 

@@ -59,6 +59,14 @@ class LinearOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
 
 
+class QuantizedLinear(Protocol):
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+
+
+class QuantizedEmbedding(Protocol):
+    def __call__(self, token_ids: Tensor, weight: Tensor, out: Tensor) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSet:
     """One implementation of every op of a model. All write into `out` and return nothing."""
@@ -69,6 +77,8 @@ class KernelSet:
     silu_and_mul: SiluAndMul
     paged_attention: PagedAttention
     linear: LinearOp
+    quantized_linear: QuantizedLinear
+    quantized_embedding: QuantizedEmbedding
     names: tuple[tuple[str, str], ...]
     """(stem, candidate) of what was chosen, for logs."""
     batch_invariant: bool

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.packed_format import GROUP, PackedFormat
+from headrace_kernels.packed_weight import pack_into
 
 RAGGED_LENGTHS: Mapping[str, Sequence[tuple[int, int]]] = {
     "no request": [],
@@ -117,6 +119,10 @@ TOLERANCES: Mapping[tuple[str, torch.dtype], Tolerance] = {
     ("rope", torch.bfloat16): Tolerance(1e-5, 2**-8, "the output is rounded to 8 bits"),
     ("linear", torch.float32): Tolerance(2e-4, 1e-5, "a sum of K fp32 products of unit size"),
     ("linear", torch.bfloat16): Tolerance(2e-4, 2**-8, "the output is rounded to 8 bits"),
+    ("quantized_linear", torch.float32): Tolerance(
+        1e-5, 1e-5, "exact integer products, of which a few dozen are scaled and summed in fp32"
+    ),
+    ("quantized_linear", torch.bfloat16): Tolerance(1e-5, 2**-8, "the output is rounded to 8 bits"),
     ("attention", torch.float32): Tolerance(2e-6, 2e-5, "fp32 scores under exp, and two sums"),
     ("attention", torch.bfloat16): Tolerance(1e-5, 2**-7, "the output is rounded to 8 bits"),
 }
@@ -177,6 +183,24 @@ def naive_attention(
         hidden = hidden | (token <= position - sliding_window)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hql,lhd->qhd", weights, v)
+
+
+def random_packed(fmt: PackedFormat, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Random packed weights of standard deviation 1, and the same as [Out, In] float64."""
+    groups = in_features // GROUP
+    levels = 1 << fmt.bits
+    u = torch.randint(0, levels, (out_features, groups, GROUP), dtype=torch.uint8)
+    integers = u
+    if fmt.bits == 4:
+        integers = u[..., : GROUP // 2] | (u[..., GROUP // 2 :] << 4)
+    scale = ((torch.rand(out_features, groups) + 0.5) * 12**0.5 / levels).half()
+    minimum = -(scale.float() * levels * torch.rand(out_features, groups)).half()
+    packed = torch.empty(fmt.shape(out_features, in_features), dtype=torch.uint8)
+    pack_into(packed, fmt, integers, scale, minimum if fmt.has_minimum else None)
+    dense = (u.double() - fmt.zero) * scale.double().unsqueeze(-1)
+    if fmt.has_minimum:
+        dense += minimum.double().unsqueeze(-1)
+    return packed, dense.flatten(1)
 
 
 def random_cache(

@@ -30,7 +30,9 @@ def option(default: Any, help_text: str, **extra: Any) -> Any:
 class ModelOptions:
     revision: str | None = option(None, "Branch, tag or commit of a model on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Type of weights, GEMM inputs and KV cache; auto asks model and device."
+        "auto",
+        "Type of weights, GEMM inputs and KV cache; auto asks model and device, and keeps "
+        "quantized weights as they are where it can.",
     )
     max_model_len: int | None = option(
         None, "Tokens of prompt plus output a request may have; default: what the model allows."
@@ -268,6 +270,8 @@ class Hardware:
     """Free on the device now (host memory for a CPU), within cgroup limits."""
     has_bf16: bool
     """bf16 dot products in hardware."""
+    has_native: bool = False
+    """The C++ kernels for it are built."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +287,10 @@ class ModelFacts:
     checkpoint_dtype: str
     """float32, bfloat16, float16, or a quantization name."""
     vocab_size: int
+    packed_parameters: int = 0
+    """Of num_parameters, those that quantized kernels take as they are stored."""
+    packed_bytes: int = 0
+    """What those take then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +313,8 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    packs_weights: bool
+    """Quantized weights are kept as integers, not dequantized."""
     weight_bytes: int
     kv_cache_bytes: int
     kv_bytes_per_token: int
@@ -348,7 +358,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
             "every running request needs one token a step. Raise it or lower max_num_seqs."
         )
     dtype, pick.why["dtype"] = _resolve_dtype(config.model_options.dtype, hardware, model)
-    weight_bytes = _weight_bytes(dtype, hardware, model)
+    packs, weight_bytes = _weights(pick, config, dtype, hardware, model)
     kv_bytes_per_token = model.kv_elements_per_token * DTYPE_BYTES[dtype]
     limit = model.max_position_embeddings
     max_model_len = pick(
@@ -380,6 +390,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        packs_weights=packs,
         weight_bytes=weight_bytes,
         kv_cache_bytes=num_blocks * block_size * kv_bytes_per_token,
         kv_bytes_per_token=kv_bytes_per_token,
@@ -404,10 +415,19 @@ class _Picker:
         return value
 
 
-def _weight_bytes(dtype: str, hardware: Hardware, model: ModelFacts) -> int:
+def _weights(
+    pick: _Picker, config: EngineConfig, dtype: str, hardware: Hardware, model: ModelFacts
+) -> tuple[bool, int]:
+    """Whether quantized weights are kept as they are, and the bytes of all weights."""
+    packs = config.model_options.dtype == "auto" and model.packed_parameters > 0
+    packs = packs and hardware.device == "cpu" and hardware.has_native
     weight_bytes = model.num_parameters * DTYPE_BYTES[dtype]
+    pick.why["weight_bytes"] = f"parameters in {dtype}"
+    if packs:
+        weight_bytes += model.packed_bytes - model.packed_parameters * DTYPE_BYTES[dtype]
+        pick.why["weight_bytes"] = f"quantized weights as they are, other parameters in {dtype}"
     if weight_bytes < hardware.memory_bytes:
-        return weight_bytes
+        return packs, weight_bytes
     raise ConfigError(
         f"The weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {dtype}, and "
         f"{hardware.memory_bytes / GIB:.1f} GiB are free on {hardware.device}. "

@@ -20,6 +20,7 @@ from headrace.engine.plan import Plan, make_plan
 from headrace.engine.request import RunningRequests
 from headrace.engine.scheduler import Scheduler
 from headrace.errors import ConfigError
+from headrace.layers.matrix import Matrix
 from headrace.layers.weights import WeightTensor
 from headrace.loading.checkpoint import Checkpoint
 from headrace.models.base import CausalLM, build_model
@@ -49,10 +50,8 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     native.set_num_threads(resolved.threads)
     kernels = _choose_kernels(resolved, plan.model)
     model = _load_model(plan, kernels, progress)
-    chosen = dict(kernels.names)
-    if chosen["linear"] == chosen["attention"] == "cpu":
-        # What is left to torch is small, and its workers spin for milliseconds behind each op.
-        torch.set_num_threads(1)
+    if _leaves_little_to_torch(model, kernels):
+        torch.set_num_threads(1)  # its workers spin for milliseconds behind each op
     running = RunningRequests(
         resolved.max_num_seqs,
         resolved.max_model_len,
@@ -97,6 +96,13 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         kernels=dict(kernels.names),
     )
     return Engine(scheduler, runner, info)
+
+
+def _leaves_little_to_torch(model: CausalLM, kernels: KernelSet) -> bool:
+    """Whether attention and all large products are our own, on our own threads."""
+    chosen = dict(kernels.names)
+    dense = any(isinstance(part, Matrix) and part.dense is not None for part in model.modules())
+    return chosen["attention"] == "cpu" and (chosen["linear"] == "cpu" or not dense)
 
 
 def _choose_kernels(resolved: ResolvedConfig, model: ModelConfig) -> KernelSet:

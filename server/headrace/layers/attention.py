@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headrace.layers.linear import Linear, parameter
+from headrace.layers.linear import Linear
+from headrace.layers.matrix import parameter
 from headrace.layers.weights import WeightSlots
 from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.kernel_set import KernelSet

@@ -7,13 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from headrace.layers.matrix import Matrix, parameter
 from headrace.layers.weights import WeightSlots
 from headrace_kernels.kernel_set import KernelSet
-
-
-def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A parameter that is not initialized: it is read from a checkpoint."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
 class Linear(nn.Module):
@@ -35,23 +31,24 @@ class Linear(nn.Module):
         super().__init__()
         self.parts = dict(parts)
         self.out_features = sum(parts.values())
-        self.weight = parameter(self.out_features, in_features, dtype=dtype, device=device)
+        self.weight = Matrix(
+            self.out_features, in_features, dtype=dtype, device=device, kernels=kernels
+        )
         self.bias = parameter(self.out_features, dtype=dtype, device=device) if bias else None
-        self._linear = kernels.linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, in] -> [T, out], in the dtype of x: what the residual stream adds in fp32 may be
         rounded to bf16 first without a measurable error (0.0225 mean log-probability either way).
         """
         out = x.new_empty((x.shape[0], self.out_features))
-        self._linear(x, self.weight, self.bias, out)
+        self.weight.multiply(x, self.bias, out)
         return out
 
     def weight_slots(self, prefix: str) -> WeightSlots:
         slots: WeightSlots = {}
         begin = 0
         for name, size in self.parts.items():
-            slots[f"{prefix}.{name}.weight"] = self.weight[begin : begin + size]
+            slots[f"{prefix}.{name}.weight"] = self.weight.slot(begin, size)
             if self.bias is not None:
                 slots[f"{prefix}.{name}.bias"] = self.bias[begin : begin + size]
             begin += size

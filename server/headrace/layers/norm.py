@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from headrace.layers.linear import parameter
+from headrace.layers.matrix import parameter
 from headrace.layers.weights import WeightSlots
 from headrace_kernels.kernel_set import KernelSet
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from headrace.errors import CheckpointError
+from headrace.quantization.method import QuantMethod
 
 
 class WeightTensor(Protocol):
@@ -26,18 +27,32 @@ class WeightTensor(Protocol):
         ...
 
 
-WeightSlots = dict[str, Tensor]
-"""Hugging Face name -> the parameter, or the slice of a fused one, that the tensor is read into."""
+class WeightSlot(Protocol):
+    """A place for a tensor that may be kept in the form in which it is stored."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, tensor: WeightTensor, method: QuantMethod | None) -> None:
+        """`method` packs what it can; the rest, or all without one, is dequantized."""
+        ...
+
+
+WeightSlots = dict[str, Tensor | WeightSlot]
+"""Hugging Face name -> the parameter, or the part of a fused one, that the tensor is read into."""
 
 
 def read_weights(
     tensors: Iterable[WeightTensor],
     slots: WeightSlots,
     *,
+    method: QuantMethod | None = None,
     optional: Collection[str] = (),
     ignored: Collection[str] = (),
 ) -> set[str]:
     """Fill every slot from the tensor of its name; those of `optional` names may stay unfilled.
+
+    `method` says which tensors are kept packed; without one all are dequantized.
 
     Returns the names that were read. Raises CheckpointError, naming the tensor, for one that is
     missing, there twice, of a wrong shape, or unexpected and not in `ignored`.
@@ -59,7 +74,10 @@ def read_weights(
                 f"Tensor {tensor.name} has shape {tuple(tensor.shape)}, but the config asks for "
                 f"{tuple(slot.shape)}. Check that the config belongs to these weights."
             )
-        tensor.read_into(slot)
+        if isinstance(slot, Tensor):
+            tensor.read_into(slot)
+        else:
+            slot.read(tensor, method)
         done.add(tensor.name)
     if missing := sorted(slots.keys() - done - set(optional)):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from headrace.errors import CheckpointError
 from headrace.layers.attention import Attention
 from headrace.layers.embedding import Embedding, logits
-from headrace.layers.linear import parameter
+from headrace.layers.matrix import Matrix
 from headrace.layers.mlp import GatedMLP
 from headrace.layers.norm import RMSNorm
 from headrace.layers.rope import cos_sin_table, no_rope_table
 from headrace.layers.weights import WeightSlots, WeightTensor, read_weights
 from headrace.models.config import ModelConfig
+from headrace.quantization.method import QuantMethod
 from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.kernel_set import KernelSet
 
@@ -105,7 +106,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.kernels = kernels
         self.embedding = Embedding(
-            config.vocab_size, config.hidden_size, dtype=dtype, device=device
+            config.vocab_size, config.hidden_size, dtype=dtype, device=device, kernels=kernels
         )
         rope = cos_sin_table(config.rope, max_positions, device)
         no_rope = no_rope_table(max_positions, device)
@@ -129,7 +130,9 @@ class CausalLM(nn.Module):
         )
         self.head = self.embedding.weight
         if not config.tie_word_embeddings:
-            self.head = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+            self.head = Matrix(
+                config.vocab_size, config.hidden_size, dtype=dtype, device=device, kernels=kernels
+            )
 
     def forward(
         self,
@@ -159,11 +162,16 @@ class CausalLM(nn.Module):
 
         A row's bits do not depend on N.
         """
-        return logits(hidden, self.head, self.kernels)
+        return logits(hidden, self.head)
 
-    def load_weights(self, tensors: Iterable[WeightTensor]) -> None:
-        """Read all weights. Raises CheckpointError, naming the tensor, if one does not fit."""
-        slots: WeightSlots = {"model.embed_tokens.weight": self.embedding.weight}
+    def load_weights(
+        self, tensors: Iterable[WeightTensor], method: QuantMethod | None = None
+    ) -> None:
+        """Read all weights; those that `method` can pack are kept as the integers they are.
+
+        Raises CheckpointError, naming the tensor, if one does not fit.
+        """
+        slots: WeightSlots = {"model.embed_tokens.weight": self.embedding.weight.slot()}
         slots |= self.norm.weight_slots("model.norm")
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
@@ -177,9 +185,13 @@ class CausalLM(nn.Module):
         if tied:
             ignored.add(HEAD)
         else:
-            slots[HEAD] = self.head
+            slots[HEAD] = self.head.slot()
         read = read_weights(
-            tensors, slots, optional=(HEAD,) if tied is None else (), ignored=ignored
+            tensors,
+            slots,
+            method=method,
+            optional=(HEAD,) if tied is None else (),
+            ignored=ignored,
         )
         if tied is None and HEAD not in read:
             self.head = self.embedding.weight

@@ -4,8 +4,11 @@ namespace headrace::cpu::HEADRACE_ISA {
 
 // Four sums, of the vectors 0, 4, 8..., 1, 5, 9... and so on, hide the latency of the addition.
 struct SumOfSquares {
-    Vec parts[4] = {Vec::set(0.0F), Vec::set(0.0F), Vec::set(0.0F), Vec::set(0.0F)};
+    Vec parts[4];
 
+    // Written out: an implicit constructor is compiled without the instructions of Vec.
+    HEADRACE_INLINE SumOfSquares()
+        : parts{Vec::set(0.0F), Vec::set(0.0F), Vec::set(0.0F), Vec::set(0.0F)} {}
     HEADRACE_INLINE void add(int part, Vec value) {
         parts[part] = Vec::fma(value, value, parts[part]);
     }

@@ -28,6 +28,11 @@ struct Format {
     static constexpr int BYTES = MINIMA + (MINIMUM ? 2 * COLUMNS : 0);
 };
 
+using Q4 = Format<4, false>;
+using Q4Minimum = Format<4, true>;
+using Q8 = Format<8, false>;
+using Q8Minimum = Format<8, true>;
+
 // A tile of R rows of activations stores a group as int8 q[R][32], then for each row the scale s,
 // s * sum(q - z), and the pair of int16 (-z, -sum(q - z)). An activation is s * (q - z).
 constexpr int ROW_BYTES = GROUP + 12;
@@ -87,13 +92,15 @@ struct Quantizer {
 
     HEADRACE_INLINE Quantizer(float lowest, float highest, bool has_nan) {
         const float range = highest - lowest;  // lowest <= 0 <= highest
-        inverse = range > 1e-30f && range < 3e38f ? 255.0f / range : 0.0f;
+        if (has_nan || !(range < 3e38f)) {
+            inverse = 0.0f;
+            zero_point = 0;
+            scale = std::bit_cast<float>(0x7FC00000u);
+            return;
+        }
+        inverse = range > 1e-30f ? 255.0f / range : 0.0f;
         zero_point = -128 - static_cast<int>(std::nearbyint(lowest * inverse));
         scale = range / 255.0f;
-        if (has_nan || !(range < 3e38f)) {
-            zero_point = -128;
-            scale = std::bit_cast<float>(0x7FC00000u);
-        }
     }
 
     HEADRACE_INLINE void store_facts(const ActivationGroup& to, int sum_of_q) const {
@@ -103,14 +110,6 @@ struct Quantizer {
         store(to.offsets, static_cast<int16_t>(-zero_point));
         store(to.offsets + 2, static_cast<int16_t>(-sum));
     }
-};
-
-// Rows of activations as tiles; `Value` is float, or uint16_t for bf16.
-template <class Value>
-struct Rows {
-    const Value* data;
-    int64_t stride;
-    int64_t groups;
 };
 
 }  // namespace headrace::cpu::quantized

@@ -25,10 +25,9 @@ HEADRACE_INLINE void store_first(Vec value, T* to, int64_t count) {
 HEADRACE_INLINE float sum_of_lanes(Vec value) {
     float lane[LANES];
     value.store(lane);
-    for (int half = LANES / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    }
-    return lane[0];
+    for (int i = 0; i < 8; ++i) lane[i] += lane[i + 8];
+    for (int i = 0; i < 4; ++i) lane[i] += lane[i + 4];
+    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
 }
 
 HEADRACE_INLINE Vec exp(Vec x) {

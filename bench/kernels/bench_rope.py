@@ -1,0 +1,44 @@
+"""RoPE and KV write on a CPU, beside the reference and a copy of as many bytes in the same run.
+
+PYTHONPATH=server:kernels .venv/bin/python bench/kernels/bench_rope.py --threads 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from headrace_kernels.bench import HEADER, RowsCase, compare, set_up, sizes_in_bytes
+
+PAGE_SIZE = 16
+
+
+def cases() -> Iterator[RowsCase]:
+    for heads, kv_heads, dim in ((9, 3, 64), (32, 8, 128)):
+        weight = torch.ones(dim)
+        for tokens in (8, 64, 512):
+            qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim).bfloat16()
+            q = torch.empty(tokens, heads, dim, dtype=torch.bfloat16)
+            blocks = -(-tokens // PAGE_SIZE)
+            cache = torch.zeros(blocks, 2, kv_heads, PAGE_SIZE, dim, dtype=torch.bfloat16)
+            positions, table = torch.arange(tokens), torch.randn(tokens, 2, dim // 2)
+            for norm, suffix in ((None, ""), (weight, " QK-norm")):
+                arguments = (qkv, positions, table, cache, positions, q, norm, norm, 1e-6)
+                yield RowsCase(
+                    f"H={heads} K={kv_heads} D={dim} T={tokens}{suffix}",
+                    lambda kernels, arguments=arguments: kernels.rope_and_write_kv(*arguments),
+                    sizes_in_bytes({qkv: 2, table: 1}),
+                )
+
+
+def main() -> None:
+    budget = set_up(__doc__.splitlines()[0], "rope")
+    print(HEADER)
+    with torch.inference_mode():
+        for case in cases():
+            print(compare("rope", case, budget))
+
+
+if __name__ == "__main__":
+    main()

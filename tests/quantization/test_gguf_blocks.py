@@ -1,0 +1,101 @@
+"""GGUF blocks packed without a loss: what is unpacked is what the gguf package dequantizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from headrace.errors import CheckpointError
+from headrace.quantization import gguf_blocks
+from headrace.quantization.gguf_blocks import GGUFBlocks
+from headrace.quantization.gguf_formats import PACKED_FORMATS, packed_format
+from headrace_kernels.packed_weight import unpack
+
+ROWS, COLUMNS = 72, 512
+
+
+@dataclass
+class Stored:
+    """What a GGUFTensor shows of itself."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantization: str
+    bytes: np.ndarray
+    interleaved_heads: int | None = None
+
+    @property
+    def raw(self) -> memoryview:
+        return memoryview(self.bytes.tobytes())
+
+
+def stored(kind: str, rng: np.random.Generator, heads: int | None = None) -> Stored:
+    quantization = gguf.GGMLQuantizationType[kind]
+    values = rng.standard_normal((ROWS, COLUMNS), dtype=np.float32)
+    if kind == "Q4_K":  # the package only reads it
+        _, block_bytes = gguf.GGML_QUANT_SIZES[quantization]
+        raw = rng.integers(0, 256, (ROWS, COLUMNS // 256, block_bytes), dtype=np.uint8)
+        raw[..., :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
+        raw = raw.reshape(ROWS, -1)
+    else:
+        raw = gguf.quants.quantize(values, quantization)
+    return Stored("model.w", (ROWS, COLUMNS), kind, raw, heads)
+
+
+def packed(tensor: Stored) -> torch.Tensor:
+    method = GGUFBlocks()
+    fmt = method.packed_format(tensor)
+    assert fmt is not None
+    out = torch.full(fmt.shape(*tensor.shape), 255, dtype=torch.uint8)
+    method.pack_into(tensor, out)
+    return unpack(out)[:ROWS]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("kind", PACKED_FORMATS)
+@pytest.mark.parametrize("heads", [None, 3])
+def test_values(
+    kind: str, heads: int | None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_blocks, "PIECE_BYTES", 1 << 13)  # several pieces of 16 rows or more
+    tensor = stored(kind, rng, heads)
+    quantization = gguf.GGMLQuantizationType[kind]
+    expected = torch.from_numpy(gguf.quants.dequantize(tensor.bytes, quantization).copy())
+    if heads:
+        expected = expected.view(heads, -1, 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
+    got = packed(tensor)
+    if kind == "Q4_K":  # scales and minima are rounded to fp16
+        limit = 2**-11 * (15 * 0.01 * 63 + 0.02 * 63)
+        assert (got - expected).abs().max() < limit
+    else:
+        assert torch.equal(got, expected)
+
+
+def test_what_cannot_be_packed_is_left() -> None:
+    assert packed_format("Q6_K", (64, 512)) is None
+    assert packed_format("F16", (64, 512)) is None
+    assert packed_format("Q8_0", (512,)) is None
+    assert packed_format("Q8_0", (4, 40)) is None
+
+    @dataclass
+    class Safetensor:
+        name = "model.w"
+        shape = (64, 512)
+
+    assert GGUFBlocks().packed_format(Safetensor()) is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_scale_that_is_not_finite_is_refused(bad: float, rng: np.random.Generator) -> None:
+    tensor = stored("Q4_1", rng)
+    tensor.bytes[40, 2:4] = np.array([bad], np.float16).view(np.uint8)
+    with pytest.raises(CheckpointError, match=r"model\.w has a scale that is not finite"):
+        packed(tensor)
