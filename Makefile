@@ -75,6 +75,8 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.created
 	    echo 'headrace: $(TORCH) (with CUDA libraries about 3 GB)'; \
 	    $(PIP) -c constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch $(BRIEFLY); \
 	fi
+	@# What torch itself needs: without it the native kernels, which compile against torch, cannot.
+	@$(PIP) -c constraints.txt torch $(BRIEFLY)
 	@touch $@
 
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/cpu/*.cpp)

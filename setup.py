@@ -8,6 +8,7 @@ compiler there is a warning, and the package runs on the plain torch reference.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,13 +51,18 @@ def native_extension(sources: list[str]) -> dict[str, Any]:
                     return [name for names in objects for name in names]
 
             self.compiler.compile = compile
-            super().build_extensions()
+            try:
+                super().build_extensions()
+            except (OSError, subprocess.CalledProcessError) as error:
+                # The compiler cannot even be asked for its version; when it is there but fails,
+                # `optional` below warns.
+                print(f"warning: no native kernels: {error}", file=sys.stderr)
 
     major, minor = STABLE_ABI_OF_TORCH
     extension = CppExtension(
         "headrace_kernels._C",
         sources,
-        depends=sorted(map(str, Path("csrc/include").rglob("*.h"))),
+        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         include_dirs=[str(Path("csrc/include").resolve())],
         define_macros=[("TORCH_TARGET_VERSION", hex(major << 56 | minor << 48))],
         extra_compile_args=[

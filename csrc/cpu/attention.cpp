@@ -19,15 +19,15 @@ void check_batch(const attention::Batch& batch, int64_t rows, int64_t max_blocks
     for (int64_t request = 0; request < batch.requests; ++request) {
         const int32_t end = batch.query_start_loc[request + 1];
         const int32_t length = batch.seq_lens[request];
-        STD_TORCH_CHECK(begin < end && end <= rows && end - begin <= length,
-                        "request ", request, " has rows ", begin, " to ", end, " of ", rows,
-                        " and a sequence of ", length);
-        STD_TORCH_CHECK(length <= max_blocks * batch.page_size, "the sequence of request ",
-                        request, ", ", length, ", is longer than its block table");
+        STD_TORCH_CHECK(begin < end && end <= rows && end - begin <= length, "request ", request,
+                        " has rows ", begin, " to ", end, " of ", rows, " and a sequence of ",
+                        length);
+        STD_TORCH_CHECK(length <= max_blocks * batch.page_size, "the sequence of request ", request,
+                        ", ", length, ", is longer than its block table");
         const int32_t hidden = batch.window ? length - (end - begin) + 1 - batch.window : 0;
         const int32_t* table = batch.block_table + request * batch.table_stride;
-        for (int64_t page = std::max(hidden, 0) / batch.page_size;
-             page * batch.page_size < length; ++page) {
+        for (int64_t page = std::max(hidden, 0) / batch.page_size; page * batch.page_size < length;
+             ++page) {
             STD_TORCH_CHECK(table[page] >= 0 && table[page] < cache_blocks, "request ", request,
                             " has block ", table[page], " of a cache of ", cache_blocks);
         }
@@ -93,9 +93,10 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
             scratch_bytes >= requests * static_cast<int64_t>(sizeof(attention::RequestPlan)),
         "scratch has ", scratch_bytes, " bytes, too few for ", requests, " requests");
     auto* const scratch_start = static_cast<std::byte*>(scratch.mutable_data_ptr());
-    STD_TORCH_CHECK(requests == 0 || reinterpret_cast<uintptr_t>(scratch_start) %
-                                             alignof(attention::RequestPlan) == 0,
-                    "scratch must begin at a multiple of ", alignof(attention::RequestPlan));
+    STD_TORCH_CHECK(
+        requests == 0 ||
+            reinterpret_cast<uintptr_t>(scratch_start) % alignof(attention::RequestPlan) == 0,
+        "scratch must begin at a multiple of ", alignof(attention::RequestPlan));
 
     const attention::Batch batch = {
         .q = q.const_data_ptr(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headrace_kernels.ops.activation import silu_and_mul
-from headrace_kernels.testing import TOLERANCES, assert_close, poisoned
+from headrace_kernels.testing import TOLERANCES, Tolerance, assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -21,6 +21,23 @@ def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def test_gates_far_from_zero_do_not_overflow() -> None:
     gate_up = torch.tensor([[-1e4, -100.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0]])
     assert silu_and_mul(gate_up).tolist() == [[0.0, pytest.approx(0.0), 100.0, 1e4]]
+
+
+def test_gates_of_every_size() -> None:
+    """Relative to the result: also where it is small, until exp overflows."""
+    gate = torch.cat((torch.linspace(-87, 87, 4001), torch.tensor([1e-30, -1e-30, 1e-42])))
+    out = silu_and_mul(torch.cat((gate, torch.ones_like(gate)))[None])[0]
+    expected = gate.double() * torch.sigmoid(gate.double())
+    assert_close(out, expected, Tolerance(1e-44, 1e-6, "exp, and four roundings in fp32"))
+
+
+def test_gates_that_are_no_numbers() -> None:
+    inf, nan = float("inf"), float("nan")
+    for dtype in (torch.float32, torch.bfloat16):
+        gate_up = torch.tensor([[inf, nan, 1.0, 2.0, 1.0, nan]], dtype=dtype)
+        out = silu_and_mul(gate_up)
+        assert out[0, 0] == inf
+        assert out[0, 1:].isnan().all()
 
 
 def test_a_row_depends_on_itself_only(threads: int) -> None:

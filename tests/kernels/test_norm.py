@@ -26,6 +26,21 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert_close(out, naive(x, weight, 1e-5), TOLERANCES["norm", dtype])
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_size(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Vectors that are full and not, in groups that are full and not; rows that lie apart."""
+    for size in (*range(1, 20), *range(31, 34), *range(47, 50), *range(63, 66), 79, 81, 127, 129):
+        wide, residual, weight = torch.randn(3, size + 5), torch.randn(3, size), torch.randn(size)
+        x, total = wide.to(dtype)[:, :size], residual.double()
+        out = rms_norm(x, weight, 1e-5, poisoned(3, size, dtype=out_dtype))
+        assert_close(out, naive(x, weight, 1e-5), TOLERANCES["norm", out_dtype])
+        total = total + x.double()
+        out = add_rms_norm(x, residual, weight, 1e-5, poisoned(3, size, dtype=out_dtype))
+        assert_close(residual, total, TOLERANCES["norm", torch.float32])
+        assert_close(out, naive(total, weight, 1e-5), TOLERANCES["norm", out_dtype])
+
+
 def test_rms_norm_of_zeros_and_of_large_values() -> None:
     x = torch.stack((torch.zeros(64), torch.full((64,), 1e18)))
     out = rms_norm(x, torch.ones(64), 1e-5)

@@ -85,6 +85,25 @@ def test_rotates_and_writes(
     assert torch.equal(cache, before), "a slot of no token was written"
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_has_its_own_type(
+    dtype: torch.dtype, cache_dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    batch = ragged_batch(LENGTHS, 16, rng)
+    cache = torch.zeros(batch.num_blocks, 2, 1, 16, 40, dtype=cache_dtype)
+    qkv = torch.randn(batch.num_rows, 3 * 40).to(dtype)
+    positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slot_mapping)
+    cos_sin = table(64, 40)
+    rope_and_write_kv(qkv, positions, cos_sin, cache, slots)
+    used = slots >= 0
+    block, offset = slots[used] // 16, slots[used] % 16
+    key, value = qkv.view(-1, 3, 40)[used, 1], qkv.view(-1, 3, 40)[used, 2]
+    rotated = naive(key[:, None], positions[used], cos_sin)[:, 0]
+    assert_close(cache[block, 0, 0, offset], rotated, TOLERANCES["rope", cache_dtype])
+    assert torch.equal(cache[block, 1, 0, offset], value.to(cache_dtype))
+
+
 @pytest.mark.parametrize("rotary_dim", [0, 8])
 def test_values_behind_the_rotary_dimension_stay(rotary_dim: int, rng: np.random.Generator) -> None:
     batch = ragged_batch(LENGTHS, 16, rng)

@@ -140,8 +140,6 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, T
     return chosen, top_ids, logprobs.gather(-1, top_ids)
 
 
-
-
 def _draw_unordered(
     scaled: Tensor,
     *,

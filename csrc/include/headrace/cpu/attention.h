@@ -69,9 +69,7 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
 }
 
 // Floats of a partial of `rows` rows.
-inline int64_t partial_size(int64_t rows, int64_t dim) {
-    return round_up(rows * (dim + 2), 16);
-}
+inline int64_t partial_size(int64_t rows, int64_t dim) { return round_up(rows * (dim + 2), 16); }
 
 // Cuts the batch into items, about eight for each thread if the splits allow that and the scratch
 // memory holds the partials. Returns their number.
@@ -81,11 +79,10 @@ inline int64_t plan_items(const Batch& batch, RequestPlan* plans) {
     for (int64_t request = 0; request < batch.requests; ++request) {
         RequestPlan& plan = plans[request];
         const int32_t length = batch.seq_lens[request];
-        const int32_t queries =
-            batch.query_start_loc[request + 1] - batch.query_start_loc[request];
+        const int32_t queries = batch.query_start_loc[request + 1] - batch.query_start_loc[request];
         const int32_t hidden = batch.window ? std::max(length - queries + 1 - batch.window, 0) : 0;
-        plan.blocks = static_cast<int32_t>(
-            round_up(queries * batch.group(), batch.block_rows()) / batch.block_rows());
+        plan.blocks = static_cast<int32_t>(round_up(queries * batch.group(), batch.block_rows()) /
+                                           batch.block_rows());
         plan.first_split = hidden / SPLIT;
         plan.last_split = (length + SPLIT - 1) / SPLIT;
         splits += plan.blocks * batch.kv_heads * (plan.last_split - plan.first_split);
@@ -101,16 +98,16 @@ inline int64_t plan_items(const Batch& batch, RequestPlan* plans) {
         const int64_t own_splits = plan.last_split - plan.first_split;
         const int64_t units = plan.blocks * batch.kv_heads;
         const int64_t counters = round_up(units * sizeof(std::atomic<int32_t>), 64);
-        const int64_t partials =
-            units * own_splits * partial_size(batch.block_rows_of(request), batch.dim) *
-            static_cast<int64_t>(sizeof(float));
+        const int64_t partials = units * own_splits *
+                                 partial_size(batch.block_rows_of(request), batch.dim) *
+                                 static_cast<int64_t>(sizeof(float));
         plan.first_item = items;
         plan.items = 1;
         plan.splits_per_item = static_cast<int32_t>(own_splits);
         if (threads > 1 && own_splits > most && counters + partials <= end - free) {
             plan.splits_per_item = static_cast<int32_t>(most);
             plan.items = static_cast<int32_t>((own_splits + most - 1) / most);
-            plan.finished_items = new (free) std::atomic<int32_t>[static_cast<size_t>(units)]{};
+            plan.finished_items = new (free) std::atomic<int32_t>[static_cast<size_t>(units)] {};
             plan.partials = reinterpret_cast<float*>(free + counters);
             free += counters + partials;
         }
@@ -124,9 +121,9 @@ class Worker {
   public:
     Worker(const Batch& batch, const RequestPlan* plans, int64_t item)
         : batch_(batch), own_(workspace()) {
-        const RequestPlan* plan = std::upper_bound(
-            plans, plans + batch.requests, item,
-            [](int64_t i, const RequestPlan& p) { return i < p.first_item; });
+        const RequestPlan* plan =
+            std::upper_bound(plans, plans + batch.requests, item,
+                             [](int64_t i, const RequestPlan& p) { return i < p.first_item; });
         plan_ = --plan;
         request_ = plan - plans;
         item -= plan->first_item;
@@ -155,8 +152,7 @@ class Worker {
             }
             return finish(own_.total());
         }
-        const int begin =
-            plan_->first_split + static_cast<int>(item_) * plan_->splits_per_item;
+        const int begin = plan_->first_split + static_cast<int>(item_) * plan_->splits_per_item;
         const int end = std::min(begin + plan_->splits_per_item, last_split);
         for (int split = std::max(begin, first_split); split < end; ++split) {
             attend(split, partial(split));
@@ -183,8 +179,8 @@ class Worker {
         rows_ = static_cast<int>(std::min(batch_.block_rows(), queries * group - first_row));
         token_ = begin + first_row / group;
         group_head_ = first_row % group;
-        int32_t position = static_cast<int32_t>(batch_.seq_lens[request_] - queries +
-                                                first_row / group);
+        int32_t position =
+            static_cast<int32_t>(batch_.seq_lens[request_] - queries + first_row / group);
         int64_t token = token_, head = group_head_;
         for (int r = 0; r < rows_; ++r) {
             const auto* q = static_cast<const Query*>(batch_.q) + token * batch_.q_stride +
@@ -221,9 +217,7 @@ class Worker {
     struct Span {
         int first, last;
     };
-    Span seen(int tile) const {
-        return {std::max(first_ - tile, 0), std::min(last_ - tile, TILE)};
-    }
+    Span seen(int tile) const { return {std::max(first_ - tile, 0), std::min(last_ - tile, TILE)}; }
 
     // Where the keys of a tile's tokens are; for those that nobody sees, somewhere.
     void find_tokens(int tile, const void** tokens) const {
@@ -245,8 +239,8 @@ class Worker {
     void prefetch(const void* const* tokens, const Span& span, int64_t offset) const {
         const int64_t bytes = batch_.dim * static_cast<int64_t>(sizeof(Cache));
         for (int j = span.first; j < span.last; ++j) {
-            const char* from = static_cast<const char*>(tokens[j]) +
-                               offset * static_cast<int64_t>(sizeof(Cache));
+            const char* from =
+                static_cast<const char*>(tokens[j]) + offset * static_cast<int64_t>(sizeof(Cache));
             for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
         }
     }

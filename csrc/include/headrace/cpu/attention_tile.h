@@ -24,10 +24,11 @@ struct CacheRows {
 };
 
 // c[r] = (factor ? c[r] * factor[r] : 0) + the sum over k in [first, last) of a[r][k] * b[k], in
-// ascending order, for VECTORS * LANES columns from column n. Rows of a and c are lda and ldc apart.
+// ascending order, for VECTORS * LANES columns from column n. Rows of a and c are lda and ldc
+// apart.
 template <int ROWS, int VECTORS, class B>
-void multiply_block(const float* a, int64_t lda, const B& b, int64_t n, int64_t first,
-                    int64_t last, const float* factor, float* c, int64_t ldc) {
+void multiply_block(const float* a, int64_t lda, const B& b, int64_t n, int64_t first, int64_t last,
+                    const float* factor, float* c, int64_t ldc) {
     Vec sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
@@ -150,7 +151,8 @@ inline void soften_rows(float* scores, int rows, int start, const int* first, co
 inline void merge_rows(const Partial& next, int rows, int64_t dim, const Partial& total) {
     for (int r = 0; r < rows; ++r) {
         const float highest = std::max(total.max[r], next.max[r]);
-        const float old = exp_nonpositive(total.max[r] - highest), now = exp_nonpositive(next.max[r] - highest);
+        const float old = exp_nonpositive(total.max[r] - highest),
+                    now = exp_nonpositive(next.max[r] - highest);
         total.max[r] = highest;
         total.sum[r] = total.sum[r] * old + next.sum[r] * now;
         for (int64_t d = r * dim; d < (r + 1) * dim; d += LANES) {
