@@ -41,8 +41,8 @@ TEXTS = (
 )
 
 # Nats. By default activations are rounded to 8 bits (docs/decisions/0005), which moved these texts'
-# log-probabilities by 0.032 on average, and bf16 by 0.013. Where the reference itself hardly prefers
-# its best token to the second, either may come out: up to a margin of 0.16 in 572 tokens.
+# log-probabilities by 0.032 on average, and bf16 by 0.013. Where the reference hardly prefers its
+# best token to the second, either may come out: in 572 tokens up to a margin of 0.16.
 DEFAULT_MARGIN, DEFAULT_MEAN_ERROR = 0.25, 0.05
 BF16_MARGIN, BF16_MEAN_ERROR = 0.15, 0.02
 FP32_MARGIN, FP32_MEAN_ERROR = 1e-3, 1e-4

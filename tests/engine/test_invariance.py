@@ -94,12 +94,18 @@ class Recorder:
     """An engine that keeps the logits it sampled from, by (seed, position)."""
 
     def __init__(
-        self, checkpoint: Path, *, budget: int = 256, kv_bytes: int = 1 << 21, keep_every: int = 1
+        self,
+        checkpoint: Path,
+        *,
+        dtype: str = "float32",
+        budget: int = 256,
+        kv_bytes: int = 1 << 21,
+        keep_every: int = 1,
     ) -> None:
         self.engine = build_engine(
             EngineConfig(
                 model=str(checkpoint),
-                model_options=ModelOptions(dtype="float32", max_model_len=256),
+                model_options=ModelOptions(dtype=dtype, max_model_len=256),
                 cache=CacheOptions(kv_cache_memory_bytes=kv_bytes, block_size=4),
                 scheduler=SchedulerOptions(max_num_seqs=16, max_num_batched_tokens=budget),
                 device=DeviceOptions(device="cpu", threads=2 if keep_every > 1 else 1),
@@ -172,12 +178,18 @@ def test_after_preemptions(checkpoint, alone):
 
 
 @pytest.mark.slow
-def test_200_requests_with_real_weights(smollm2_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("dtype", "count"), [("auto", 200), ("float32", 60)])
+def test_real_weights(smollm2_path, dtype, count):
     """The same on SmolLM2: one after another against together, at a budget that cuts prompts."""
-    requests = make_requests(200)
-    together = Recorder(smollm2_path, budget=64, kv_bytes=1 << 27, keep_every=97).run(requests)
-    single = Recorder(smollm2_path, kv_bytes=1 << 27, keep_every=97)
+    requests = make_requests(count)
+    options = {"dtype": dtype, "kv_bytes": 1 << 27, "keep_every": 97}
+    together = Recorder(smollm2_path, budget=64, **options).run(requests)
+    together.logits, first = {}, together.logits
+    together.run(requests)
+    assert_same(first, together.logits)  # after cache hits
+    single = Recorder(smollm2_path, **options)
     for request in requests:
         single.engine.reset_prefix_cache()
         single.run([request])
-    assert_same(single.logits, together.logits)
+    assert_same(single.logits, first)
