@@ -5,6 +5,7 @@ Nothing here looks inside the server: HTTP, signals, the exit status, standard e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -101,8 +102,10 @@ class Server:
     def engine_pid(self) -> int | None:
         """The engine process that lives now."""
         for child in psutil.Process(self.process.pid).children():
-            if "headrace.engine.process" in child.cmdline():
-                return int(child.pid)
+            # NoSuchProcess, or a zombie: it died since it was listed
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "headrace.engine.process" in child.cmdline():
+                    return int(child.pid)
         return None
 
     def kill_engine(self) -> None:
