@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server's engine process
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the server's engine process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 # As the engine process does: workers that spin are very slow when tests share their cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 ROOT = Path(__file__).parent.parent
 RECORDED_VERSIONS = ("torch", "triton", "tokenizers", "transformers", "openai", "ray", "fastapi")

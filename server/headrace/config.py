@@ -226,13 +226,15 @@ def load_options(
 
 
 def engine_environment() -> dict[str, str]:
-    """The environment of the engine process: this one's, with OpenMP workers that sleep.
+    """The environment of the engine process: this one's, with OpenMP workers that soon sleep.
 
-    By default libgomp's workers spin at the end of each parallel region. When another process wants
-    the core (an API process does, for every token) the region waits for a thread that is not
-    running: decoding was 4 to 8 times slower on a busy machine. See docs/decisions/0003.
+    By default libgomp's workers spin for milliseconds at the end of each parallel region. When
+    another process wants the core (an API process does, for every token) the region waits for a
+    thread that is not running, and a step takes many times as long. See docs/decisions/0003.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    if "OMP_WAIT_POLICY" in os.environ:
+        return dict(os.environ)
+    return {"GOMP_SPINCOUNT": "1000", **os.environ}
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
