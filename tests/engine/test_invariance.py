@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from headrace.config import (
     CacheOptions,
@@ -22,51 +20,8 @@ from headrace.sampling_params import GenerateRequest, SamplingParams
 
 Logits = dict[tuple[int, int], torch.Tensor]
 
-VOCAB_SIZE, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP = 160, 48, 2, 6, 2, 16, 96
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A small random Llama with grouped-query attention, in the Hugging Face layout."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    generator = torch.Generator().manual_seed(1)
-
-    def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-
-    tensors = {"model.embed_tokens.weight": weight(VOCAB_SIZE, HIDDEN)}
-    tensors["model.norm.weight"] = torch.ones(HIDDEN)
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}"
-        shapes = {
-            "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.k_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.v_proj": (KV_HEADS * HEAD_DIM, HIDDEN),
-            "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-            "mlp.gate_proj": (MLP, HIDDEN),
-            "mlp.up_proj": (MLP, HIDDEN),
-            "mlp.down_proj": (HIDDEN, MLP),
-        }
-        tensors |= {f"{prefix}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}.{name}.weight"] = torch.ones(HIDDEN)
-    save_file(tensors, folder / "model.safetensors")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "eos_token_id": 0,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+# Of the checkpoint in conftest.py.
+VOCAB_SIZE, LAYERS, KV_HEADS, HEAD_DIM = 160, 2, 2, 16
 
 
 def make_requests(count: int) -> list[GenerateRequest]:
