@@ -9,7 +9,7 @@ import pytest
 from headrace.config import CacheOptions, DeviceOptions, EngineConfig, ModelOptions
 from headrace.engine.client import EngineState, QueueLimits
 from headrace.engine.process_client import ProcessEngineClient
-from headrace.errors import ConfigError, UnavailableError
+from headrace.errors import ConfigError, EngineError, UnavailableError
 from headrace.sampling_params import GenerateRequest, SamplingParams
 
 LIMITS = QueueLimits(max_queued_requests=100, max_queued_tokens=10_000)
@@ -60,4 +60,14 @@ async def test_a_model_that_cannot_be_loaded_is_not_tried_again(tmp_path):
         await client.wait_ready()
     await dead.wait()
     assert (client.state, client.restarts) == (EngineState.DEAD, 0)
+    await client.close()
+
+
+async def test_engines_that_die_before_they_read_their_configuration(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    client = ProcessEngineClient(EngineConfig(model=str(tmp_path)), limits=LIMITS)
+    await client.start()
+    with pytest.raises(EngineError, match="died 4 times"):
+        await asyncio.wait_for(client.wait_ready(), 30)
+    assert client.state is EngineState.DEAD
     await client.close()

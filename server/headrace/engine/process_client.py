@@ -110,7 +110,7 @@ class ProcessEngineClient:
 
     async def start(self) -> None:
         self._ready = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._supervise(), name="engine-client")
+        self._task = asyncio.create_task(self._supervise_or_give_up(), name="engine-client")
 
     async def wait_ready(self) -> ModelInfo:
         assert self._ready is not None, "start() comes first"
@@ -156,6 +156,15 @@ class ProcessEngineClient:
         return len(self._live)
 
     # --- the engine's lives -----------------------------------------------------------------
+
+    async def _supervise_or_give_up(self) -> None:
+        """Whatever goes wrong here, requests must not wait for an engine that never comes."""
+        try:
+            await self._supervise()
+        except Exception as error:
+            logger.exception("A bug ended the supervision of the engine")
+            self._kill()
+            self._give_up(EngineError(f"The engine cannot be supervised: {error}"))
 
     async def _supervise(self) -> None:
         """One engine after another, until closed or given up."""
@@ -204,6 +213,7 @@ class ProcessEngineClient:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "headrace.engine.process"],
             stdin=subprocess.PIPE,
+            bufsize=0,  # nothing is left to flush, and to fail, when it is closed
             pass_fds=[socket_fd],
             env=engine_environment(),
         )
@@ -211,7 +221,6 @@ class ProcessEngineClient:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; its exit tells
             process.stdin.write(msgspec.json.encode(startup) + b"\n")
-            process.stdin.flush()
         return process
 
     def _count_death(self) -> HeadraceError | None:
