@@ -76,7 +76,7 @@ OPTIONAL_PACKAGES = {
     "transformers": None,
     "pynvml": None,
 }
-DISTRIBUTION_OF = {"yaml": "pyyaml", "zmq": "pyzmq"}
+DISTRIBUTION_OF = {"yaml": "pyyaml"}
 
 # Besides config.py, which reads it.
 MAY_TOUCH_THE_ENVIRONMENT = {
@@ -326,7 +326,7 @@ HEAVY = ("torch", "triton", "ray", "transformers")
 @pytest.mark.parametrize(
     ("name", "banned"),
     [
-        ("headrace", (*HEAVY, "numpy", "fastapi", "pydantic", "zmq", "headrace.llm")),
+        ("headrace", (*HEAVY, "numpy", "fastapi", "pydantic", "headrace.llm")),
         ("headrace.cli", HEAVY),
         ("headrace.serve", HEAVY),
         ("headrace.api.app", HEAVY),
