@@ -5,15 +5,25 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+
+#include "headrace/cpu/tape.h"
+
 namespace headrace::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+struct Launch {
+    attention::Batch batch;
+    bool q_is_bf16, cache_is_bf16;
+    int64_t rows, max_blocks, cache_blocks;
+};
+
 // What the kernel reads and writes by is checked at every call: it costs a fraction of the reading.
-void check_batch(const attention::Batch& batch, int64_t rows, int64_t max_blocks,
-                 int64_t cache_blocks) {
+void check_batch(const Launch& launch) {
+    const auto& [batch, q_is_bf16, cache_is_bf16, rows, max_blocks, cache_blocks] = launch;
     int32_t begin = batch.query_start_loc[0];
     STD_TORCH_CHECK(begin == 0, "query_start_loc must begin with 0, not ", begin);
     for (int64_t request = 0; request < batch.requests; ++request) {
@@ -37,8 +47,9 @@ void check_batch(const attention::Batch& batch, int64_t rows, int64_t max_blocks
 
 void check_int32(const char* name, const Tensor& tensor, int64_t dims) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Int &&
-                        tensor.dim() == dims && tensor.is_contiguous(),
-                    name, " must be int32, contiguous, on the CPU, of ", dims, " dimensions");
+                        tensor.dim() == dims && tensor.stride(dims - 1) == 1,
+                    name, " must be int32 on the CPU, of ", dims,
+                    " dimensions, with adjacent values");
 }
 
 bool is_float(const Tensor& tensor) {
@@ -55,9 +66,26 @@ void check_rows(const char* name, const Tensor& tensor) {
 }
 
 template <class Q>
-void attend(const attention::Batch& batch, ScalarType cache_type) {
-    if (cache_type == ScalarType::Float) return attention::attend_on_this_cpu<Q, float>(batch);
-    attention::attend_on_this_cpu<Q, bf16>(batch);
+void attend(const Launch& launch) {
+    const attention::Batch& batch = launch.batch;
+    if (launch.cache_is_bf16) {
+        attention::attend_on_this_cpu<Q, bf16>(batch);
+    } else {
+        attention::attend_on_this_cpu<Q, float>(batch);
+    }
+    auto* const out = static_cast<Q*>(batch.out);
+    for (int64_t row = batch.query_start_loc[batch.requests]; row < launch.rows; ++row) {
+        std::fill_n(out + row * batch.out_stride, batch.heads * batch.dim, Q{});
+    }
+}
+
+void run(const Launch& launch) {
+    check_batch(launch);
+    if (launch.q_is_bf16) {
+        attend<bf16>(launch);
+    } else {
+        attend<float>(launch);
+    }
 }
 
 void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& query_start_loc,
@@ -108,7 +136,7 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
         .query_start_loc = query_start_loc.const_data_ptr<int32_t>(),
         .seq_lens = seq_lens.const_data_ptr<int32_t>(),
         .block_table = block_table.const_data_ptr<int32_t>(),
-        .table_stride = block_table.size(1),
+        .table_stride = block_table.stride(0),
         .requests = requests,
         .heads = heads,
         .kv_heads = kv_heads,
@@ -122,18 +150,14 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
         .out = out.mutable_data_ptr(),
         .out_stride = out.stride(0),
     };
-    check_batch(batch, rows, block_table.size(1), kv_cache.size(0));
-    if (q.scalar_type() == ScalarType::Float) {
-        attend<float>(batch, kv_cache.scalar_type());
-    } else {
-        attend<bf16>(batch, kv_cache.scalar_type());
-    }
-    const int64_t element = static_cast<int64_t>(out.element_size());
-    auto* rows_out = static_cast<std::byte*>(out.mutable_data_ptr());
-    for (int64_t row = batch.query_start_loc[requests]; row < rows; ++row) {
-        std::memset(rows_out + row * batch.out_stride * element, 0,
-                    static_cast<size_t>(heads * dim * element));
-    }
+    launch<run>(Launch{
+        .batch = batch,
+        .q_is_bf16 = q.scalar_type() == ScalarType::BFloat16,
+        .cache_is_bf16 = kv_cache.scalar_type() == ScalarType::BFloat16,
+        .rows = rows,
+        .max_blocks = block_table.size(1),
+        .cache_blocks = kv_cache.size(0),
+    });
 }
 
 }  // namespace

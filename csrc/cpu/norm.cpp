@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "headrace/cpu/tape.h"
 
 #define HEADRACE_KERNELS "headrace/cpu/norm.h"
 #include "headrace/cpu/foreach_isa.h"
@@ -10,49 +11,69 @@
 namespace headrace::cpu {
 namespace {
 
-void rms_norm(Tensor x, Tensor weight, double eps, Tensor out) {
+// Strides count elements.
+template <class X, class Out>
+struct Norm {
+    const X* x;
+    float* residual;  // null: x is normalised as it is
+    const float* weight;
+    Out* out;
+    int64_t rows, size, x_stride, residual_stride, out_stride;
+    float eps;
+};
+
+template <class X, class Out>
+void normalise(const Norm<X, Out>& n) {
+    for_each_row(n.rows, n.size, [&](int64_t row) {
+        const X* const x = n.x + row * n.x_stride;
+        Out* const out = n.out + row * n.out_stride;
+        if (n.residual) {
+            HEADRACE_DISPATCH(add_rms_norm_row, x, n.residual + row * n.residual_stride, n.weight,
+                              n.size, n.eps, out);
+        } else {
+            HEADRACE_DISPATCH(rms_norm_row, x, n.weight, n.size, n.eps, out);
+        }
+    });
+}
+
+void launch_norm(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps,
+                 const Tensor& out) {
     STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions");
     const int64_t rows = x.size(0), size = x.size(1);
     check_matrix("x", x, rows, size);
     check_matrix("out", out, rows, size);
     check_vector("weight", weight, ScalarType::Float, size);
+    if (residual) {
+        check_matrix("residual", *residual, rows, size);
+        check_type("residual", *residual, ScalarType::Float);
+    }
     with_float_type("x", x, [&](auto in) {
         with_float_type("out", out, [&](auto result) {
-            const auto* from = data<const decltype(in)>(x);
-            auto* to = data<decltype(result)>(out);
-            const auto* scale = data<const float>(weight);
-            const int64_t from_stride = x.stride(0), to_stride = out.stride(0);
-            for_each_row(rows, size, [&](int64_t row) {
-                HEADRACE_DISPATCH(rms_norm_row, from + row * from_stride, scale, size,
-                                  static_cast<float>(eps), to + row * to_stride);
+            using In = decltype(in);
+            using Out = decltype(result);
+            launch<normalise<In, Out>>(Norm<In, Out>{
+                .x = data<const In>(x),
+                .residual = residual ? data<float>(*residual) : nullptr,
+                .weight = data<const float>(weight),
+                .out = data<Out>(out),
+                .rows = rows,
+                .size = size,
+                .x_stride = x.stride(0),
+                .residual_stride = residual ? residual->stride(0) : 0,
+                .out_stride = out.stride(0),
+                .eps = static_cast<float>(eps),
             });
         });
     });
 }
 
-void add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps, Tensor out) {
-    STD_TORCH_CHECK(x.dim() == 2, "x must have 2 dimensions");
-    const int64_t rows = x.size(0), size = x.size(1);
-    check_matrix("x", x, rows, size);
-    check_matrix("residual", residual, rows, size);
-    check_type("residual", residual, ScalarType::Float);
-    check_matrix("out", out, rows, size);
-    check_vector("weight", weight, ScalarType::Float, size);
-    with_float_type("x", x, [&](auto in) {
-        with_float_type("out", out, [&](auto result) {
-            const auto* from = data<const decltype(in)>(x);
-            auto* sum = data<float>(residual);
-            auto* to = data<decltype(result)>(out);
-            const auto* scale = data<const float>(weight);
-            const int64_t from_stride = x.stride(0), sum_stride = residual.stride(0),
-                          to_stride = out.stride(0);
-            for_each_row(rows, size, [&](int64_t row) {
-                HEADRACE_DISPATCH(add_rms_norm_row, from + row * from_stride,
-                                  sum + row * sum_stride, scale, size, static_cast<float>(eps),
-                                  to + row * to_stride);
-            });
-        });
-    });
+void rms_norm(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+    launch_norm(x, nullptr, weight, eps, out);
+}
+
+void add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
+                  const Tensor& out) {
+    launch_norm(x, &residual, weight, eps, out);
 }
 
 }  // namespace

@@ -17,6 +17,7 @@
 #include "headrace/cpu/quantized_linear_avx2.h"
 #include "headrace/cpu/quantized_linear_avx512.h"
 #include "headrace/cpu/quantized_linear_scalar.h"
+#include "headrace/cpu/tape.h"
 
 namespace headrace {
 namespace {
@@ -119,7 +120,7 @@ void multiply(const Product& p, std::index_sequence<R...>) {
 }
 
 template <class Isa>
-void run(const Product& p) {
+void run_with(const Product& p) {
     constexpr std::make_index_sequence<Isa::MAX_ROWS> ROWS;
     quantize<Isa>(p);
     switch (p.block_bytes) {
@@ -128,6 +129,14 @@ void run(const Product& p) {
         case Q8::BYTES: return multiply<Isa, Q8>(p, ROWS);
         case Q8Minimum::BYTES: return multiply<Isa, Q8Minimum>(p, ROWS);
     }
+}
+
+void run(const Product& p) {
+#if defined(__x86_64__)
+    if (cpu::isa() == cpu::Isa::avx512) return run_with<Avx512>(p);
+    if (cpu::isa() == cpu::Isa::avx2) return run_with<Avx2>(p);
+#endif
+    run_with<Scalar>(p);
 }
 
 bool is_bf16(const Tensor& tensor, const char* name) {
@@ -179,12 +188,7 @@ void quantized_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tenso
         .groups = weight.size(1),
         .blocks = weight.size(0),
     };
-    if (product.rows == 0) return;
-#if defined(__x86_64__)
-    if (cpu::isa() == cpu::Isa::avx512) return run<Avx512>(product);
-    if (cpu::isa() == cpu::Isa::avx2) return run<Avx2>(product);
-#endif
-    run<Scalar>(product);
+    if (product.rows > 0) cpu::launch<run>(product);
 }
 
 template <class F>
@@ -199,6 +203,31 @@ void unpack_row(const uint8_t* group, int column, int64_t groups, float* out) {
     }
 }
 
+struct Lookup {
+    const int64_t* ids;
+    int64_t count;
+    const uint8_t* weights;
+    int64_t block_bytes, groups, blocks;
+    float* out;
+};
+
+void look_up(const Lookup& l) {
+    const int64_t end = l.blocks * COLUMNS;
+    for (int64_t i = 0; i < l.count; ++i) {
+        const int64_t id = l.ids[i];
+        STD_TORCH_CHECK(id >= 0 && id < end, "token id ", id, " is not in [0, ", end, ")");
+        const uint8_t* block = l.weights + id / COLUMNS * l.groups * l.block_bytes;
+        const int column = static_cast<int>(id % COLUMNS);
+        float* out = l.out + i * l.groups * GROUP;
+        switch (l.block_bytes) {
+            case Q4::BYTES: unpack_row<Q4>(block, column, l.groups, out); break;
+            case Q4Minimum::BYTES: unpack_row<Q4Minimum>(block, column, l.groups, out); break;
+            case Q8::BYTES: unpack_row<Q8>(block, column, l.groups, out); break;
+            case Q8Minimum::BYTES: unpack_row<Q8Minimum>(block, column, l.groups, out); break;
+        }
+    }
+}
+
 void quantized_embedding(Tensor token_ids, Tensor weight, Tensor out) {
     check_packed(weight);
     const int64_t groups = weight.size(1), width = groups * GROUP, count = token_ids.numel();
@@ -208,21 +237,15 @@ void quantized_embedding(Tensor token_ids, Tensor weight, Tensor out) {
     STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && out.is_contiguous() &&
                         out.dim() == 2 && out.size(0) == count && out.size(1) == width,
                     "out must be contiguous float32 [T, In]");
-    const auto* ids = static_cast<const int64_t*>(token_ids.data_ptr());
-    const auto* packed = static_cast<const uint8_t*>(weight.data_ptr());
-    auto* to = static_cast<float*>(out.data_ptr());
-    const int64_t bytes = weight.size(2), end = weight.size(0) * COLUMNS;
-    for (int64_t i = 0; i < count; ++i, to += width) {
-        STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < end, "token id ", ids[i], " is not in [0, ", end, ")");
-        const uint8_t* block = packed + ids[i] / COLUMNS * groups * bytes;
-        const int column = static_cast<int>(ids[i] % COLUMNS);
-        switch (bytes) {
-            case Q4::BYTES: unpack_row<Q4>(block, column, groups, to); break;
-            case Q4Minimum::BYTES: unpack_row<Q4Minimum>(block, column, groups, to); break;
-            case Q8::BYTES: unpack_row<Q8>(block, column, groups, to); break;
-            case Q8Minimum::BYTES: unpack_row<Q8Minimum>(block, column, groups, to); break;
-        }
-    }
+    cpu::launch<look_up>(Lookup{
+        .ids = static_cast<const int64_t*>(token_ids.data_ptr()),
+        .count = count,
+        .weights = static_cast<const uint8_t*>(weight.data_ptr()),
+        .block_bytes = weight.size(2),
+        .groups = groups,
+        .blocks = weight.size(0),
+        .out = static_cast<float*>(out.data_ptr()),
+    });
 }
 
 }  // namespace

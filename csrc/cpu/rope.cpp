@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "checks.h"
+#include "headrace/cpu/tape.h"
 
 #define HEADRACE_KERNELS "headrace/cpu/rope.h"
 #include "headrace/cpu/foreach_isa.h"
@@ -27,9 +28,43 @@ const float* norm_weight(const char* name, const std::optional<Tensor>& weight, 
     return data<const float>(*weight);
 }
 
-void rope_and_write_kv(Tensor qkv, Tensor positions, Tensor cos_sin, Tensor kv_cache,
-                       Tensor slot_mapping, Tensor q_out, std::optional<Tensor> q_norm,
-                       std::optional<Tensor> k_norm, double eps) {
+// Strides count elements.
+template <class In, class Cache>
+struct Rope {
+    RopeShape shape;
+    const In* qkv;
+    const float* table;
+    In* q_out;
+    Cache* cache;
+    const int64_t* positions;
+    const int64_t* slots;
+    int64_t tokens, qkv_size, qkv_stride;
+    int64_t max_positions, cache_slots, page_size;
+    int64_t block_stride, value_stride, token_stride;
+};
+
+template <class In, class Cache>
+void rope_rows(const Rope<In, Cache>& r) {
+    check_range("position", r.positions, r.tokens, 0, r.max_positions);
+    check_range("slot", r.slots, r.tokens, -1, r.cache_slots);
+    for_each_row(r.tokens, r.qkv_size, [&](int64_t token) {
+        const int64_t slot = r.slots[token];
+        Cache* key = nullptr;
+        Cache* value = nullptr;
+        if (slot >= 0) {
+            key = r.cache + slot / r.page_size * r.block_stride +
+                  slot % r.page_size * r.token_stride;
+            value = key + r.value_stride;
+        }
+        HEADRACE_DISPATCH(rope_token, r.shape, r.qkv + token * r.qkv_stride,
+                          r.table + r.positions[token] * 2 * r.shape.half,
+                          r.q_out + token * r.shape.num_heads * r.shape.head_dim, key, value);
+    });
+}
+
+void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin,
+                       const Tensor& kv_cache, const Tensor& slot_mapping, const Tensor& q_out,
+                       std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double eps) {
     STD_TORCH_CHECK(q_out.is_cpu() && q_out.dim() == 3 && q_out.is_contiguous(),
                     "q_out must be a contiguous CPU tensor [T, H, D]");
     const int64_t tokens = q_out.size(0), num_heads = q_out.size(1), head_dim = q_out.size(2);
@@ -48,11 +83,6 @@ void rope_and_write_kv(Tensor qkv, Tensor positions, Tensor cos_sin, Tensor kv_c
     check_type("cos_sin", cos_sin, ScalarType::Float);
     STD_TORCH_CHECK(q_norm.has_value() == k_norm.has_value(), "q_norm and k_norm come together");
 
-    const int64_t* const position = data<const int64_t>(positions);
-    const int64_t* const slot = data<const int64_t>(slot_mapping);
-    check_range("position", position, tokens, 0, cos_sin.size(0));
-    check_range("slot", slot, tokens, -1, kv_cache.size(0) * page_size);
-
     const RopeShape shape = {
         .num_heads = num_heads,
         .num_kv_heads = num_kv_heads,
@@ -63,27 +93,27 @@ void rope_and_write_kv(Tensor qkv, Tensor positions, Tensor cos_sin, Tensor kv_c
         .k_norm = norm_weight("k_norm", k_norm, head_dim),
         .eps = static_cast<float>(eps),
     };
-    const float* const table = data<const float>(cos_sin);
-    const int64_t qkv_stride = qkv.stride(0), block_stride = kv_cache.stride(0),
-                  value_stride = kv_cache.stride(1), token_stride = kv_cache.stride(3);
     with_float_type("qkv", qkv, [&](auto in) {
         with_float_type("kv_cache", kv_cache, [&](auto cached) {
             using In = decltype(in);
             using Cache = decltype(cached);
-            const In* const from = data<const In>(qkv);
-            In* const q = data<In>(q_out);
-            Cache* const cache = data<Cache>(kv_cache);
-            for_each_row(tokens, qkv.size(1), [&](int64_t token) {
-                Cache* key = nullptr;
-                Cache* value = nullptr;
-                if (slot[token] >= 0) {
-                    key = cache + slot[token] / page_size * block_stride +
-                          slot[token] % page_size * token_stride;
-                    value = key + value_stride;
-                }
-                HEADRACE_DISPATCH(rope_token, shape, from + token * qkv_stride,
-                                  table + position[token] * 2 * shape.half,
-                                  q + token * num_heads * head_dim, key, value);
+            launch<rope_rows<In, Cache>>(Rope<In, Cache>{
+                .shape = shape,
+                .qkv = data<const In>(qkv),
+                .table = data<const float>(cos_sin),
+                .q_out = data<In>(q_out),
+                .cache = data<Cache>(kv_cache),
+                .positions = data<const int64_t>(positions),
+                .slots = data<const int64_t>(slot_mapping),
+                .tokens = tokens,
+                .qkv_size = qkv.size(1),
+                .qkv_stride = qkv.stride(0),
+                .max_positions = cos_sin.size(0),
+                .cache_slots = kv_cache.size(0) * page_size,
+                .page_size = page_size,
+                .block_stride = kv_cache.stride(0),
+                .value_stride = kv_cache.stride(1),
+                .token_stride = kv_cache.stride(3),
             });
         });
     });
