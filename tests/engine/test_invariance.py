@@ -136,15 +136,20 @@ def test_after_preemptions(checkpoint, alone):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("dtype", "count"), [("auto", 200), ("float32", 60)])
 def test_real_weights(smollm2_path, dtype, count):
-    """The same on SmolLM2: one after another against together, at a budget that cuts prompts."""
+    """The same on SmolLM2: alone, batched at three budgets, after cache hits, preempted."""
     requests = make_requests(count)
     options = {"dtype": dtype, "kv_bytes": 1 << 27, "keep_every": 97}
-    together = Recorder(smollm2_path, budget=64, **options).run(requests)
-    together.logits, first = {}, together.logits
-    together.run(requests)
-    assert_same(first, together.logits)  # after cache hits
     single = Recorder(smollm2_path, **options)
     for request in requests:
         single.engine.reset_prefix_cache()
         single.run([request])
-    assert_same(single.logits, first)
+    for budget in (48, 131, 1024):
+        together = Recorder(smollm2_path, budget=budget, **options).run(requests)
+        assert_same(single.logits, together.logits)
+    together.logits.clear()
+    together.run(requests)
+    assert_same(single.logits, together.logits)  # after cache hits
+    room = 256 * 2 * 30 * 3 * 64 * (4 if dtype == "float32" else 2)
+    preempted = Recorder(smollm2_path, **(options | {"kv_bytes": room})).run(requests)
+    assert preempted.preemptions > 0, "the pool must be too small"
+    assert_same(single.logits, preempted.logits)

@@ -5,13 +5,12 @@ csrc/include/headrace/cpu/attention.h says how the work is cut and in which orde
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.cpu.fallback import FLOATS, log_once
+from headrace_kernels.cpu.scratch import scratch
 from headrace_kernels.dispatch import KernelFacts
 from headrace_kernels.reference import attention as reference
 
@@ -23,7 +22,6 @@ PARTIAL_BYTES = 16 << 20
 it is full, one thread walks a whole context."""
 
 _paged_attention = torch.ops.headrace.paged_attention.default
-_of_thread = threading.local()
 
 
 def declines(facts: KernelFacts) -> str | None:
@@ -54,7 +52,7 @@ def paged_attention(
             scale,
             sliding_window or 0,
             soft_cap or 0.0,
-            _scratch(len(metadata.kv_lens)),
+            scratch("paged_attention", scratch_bytes(len(metadata.kv_lens))),
             out,
         )
     except RuntimeError as refusal:
@@ -65,13 +63,3 @@ def paged_attention(
 def scratch_bytes(num_requests: int) -> int:
     """Bytes that the op can use for a batch of so many requests, whatever their lengths."""
     return PARTIAL_BYTES + num_requests * PLAN_BYTES
-
-
-def _scratch(num_requests: int) -> Tensor:
-    """Memory of this thread: kept from call to call, grown with the number of requests."""
-    scratch: Tensor | None = getattr(_of_thread, "scratch", None)
-    if scratch is None or _of_thread.num_requests < num_requests:
-        _of_thread.num_requests = max(1024, 2 * num_requests)
-        scratch = torch.empty(scratch_bytes(_of_thread.num_requests), dtype=torch.uint8)
-        _of_thread.scratch = scratch
-    return scratch

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu.fallback import FLOATS, log_once
+from headrace_kernels.cpu.scratch import scratch
 from headrace_kernels.dispatch import KernelFacts
 from headrace_kernels.reference import quantized_linear as reference
 
@@ -22,9 +23,9 @@ def declines(facts: KernelFacts) -> str | None:
 
 def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """See ops/quantized_linear.py."""
-    scratch = weight.new_empty((x.shape[0], weight.shape[1], ROW_BYTES))
+    memory = scratch("quantized_linear", x.shape[0] * weight.shape[1] * ROW_BYTES)
     try:
-        _quantized_linear(x, weight, bias, scratch, out)
+        _quantized_linear(x, weight, bias, memory, out)
     except RuntimeError as refusal:
         log_once("quantized_linear", str(refusal))
         reference.quantized_linear(x, weight, bias, out)

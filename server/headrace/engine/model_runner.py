@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from headrace.engine.batch import ModelInput, ScheduledBatch, StepResult, build_model_input
 from headrace.engine.client import TokenLogprobs
-from headrace.engine.request import RunningRequests
+from headrace.engine.recorded_steps import RecordedSteps
+from headrace.engine.request import LongArray, RunningRequests
 from headrace.engine.sampler import Sampler
 from headrace.engine.sampling_batch import sampling_columns
 from headrace.models.base import CausalLM
@@ -35,8 +37,9 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         kv_dtype: torch.dtype,
-        pad_to: int = 8,
+        pad_to: int,
     ) -> None:
+        """`pad_to`: T is made a multiple of this; 1 records decode steps too."""
         self._model = model
         self._running = running
         self._block_size = block_size
@@ -52,30 +55,42 @@ class ModelRunner:
             device=device,
         )
         self._kv_layers = [self._kv_cache[:, layer] for layer in range(config.num_layers)]
+        self._recorded: RecordedSteps | None = None
+        if device.type == "cpu" and pad_to == 1:
+            self._recorded = RecordedSteps(model, running, self._kv_layers, block_size)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """One forward pass over the batch and a token for each row that reached its end."""
+        if self._recorded is not None and self._recorded.takes(batch):
+            return self._sample([(batch.rows, self._recorded.logits(batch))])
         model_input = build_model_input(
             batch, self._running, block_size=self._block_size, pad_to=self._pad_to
         )
         hidden = self._forward(model_input)
+        result = self._sample(self._logits(batch, model_input, hidden))
+        return replace(result, prompt_logprobs=dict(self._prompt_logprobs(batch, hidden)))
+
+    def _logits(
+        self, batch: ScheduledBatch, model_input: ModelInput, hidden: torch.Tensor
+    ) -> Iterator[tuple[LongArray, torch.Tensor]]:
+        """(rows that sample, their logits), a chunk at a time, each in the memory of the last."""
         rows = batch.rows[batch.samples]
-        sampled: list[np.ndarray] = []
-        logprobs: dict[int, TokenLogprobs] = {}
         for start in range(0, len(rows), LOGITS_CHUNK):
             chunk = slice(start, start + LOGITS_CHUNK)
             indices = self._to_device(model_input.logit_indices[chunk])
-            logits = self._model.compute_logits(hidden[indices])
-            tokens = self._sampler.sample(logits, sampling_columns(self._running, rows[chunk]))
+            yield rows[chunk], self._model.compute_logits(hidden[indices], reuse=True)
+
+    def _sample(self, chunks: Iterable[tuple[LongArray, torch.Tensor]]) -> StepResult:
+        sampled: list[np.ndarray] = []
+        logprobs: dict[int, TokenLogprobs] = {}
+        for rows, logits in chunks:
+            tokens = self._sampler.sample(logits, sampling_columns(self._running, rows))
             sampled.append(tokens.token_ids)
             for index, (own, top_ids, top) in tokens.logprobs.items():
-                logprobs[int(rows[start + index])] = TokenLogprobs(own, top_ids, top)
-        return StepResult(
-            token_ids=np.concatenate(sampled) if sampled else np.empty(0, np.int64),
-            logprobs=logprobs,
-            prompt_logprobs=dict(self._prompt_logprobs(batch, hidden)),
-        )
+                logprobs[int(rows[index])] = TokenLogprobs(own, top_ids, top)
+        token_ids = np.concatenate(sampled) if sampled else np.empty(0, np.int64)
+        return StepResult(token_ids, logprobs)
 
     def _forward(self, model_input: ModelInput) -> torch.Tensor:
         metadata = AttentionMetadata.build(

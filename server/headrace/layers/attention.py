@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from headrace.layers.context import LayerContext
 from headrace.layers.linear import Linear
 from headrace.layers.matrix import parameter
 from headrace.layers.weights import WeightSlots
 from headrace_kernels.attention_metadata import AttentionMetadata
-from headrace_kernels.kernel_set import KernelSet
 
 
 class Attention(nn.Module):
@@ -31,9 +31,7 @@ class Attention(nn.Module):
         qk_norm_eps: float | None,
         sliding_window: int | None,
         cos_sin: Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernels: KernelSet,
+        context: LayerContext,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -48,33 +46,30 @@ class Attention(nn.Module):
                 "v_proj": num_kv_heads * head_dim,
             },
             bias=qkv_bias,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
+            context=context,
         )
         self.o_proj = Linear(
             num_heads * head_dim,
             {"o_proj": hidden_size},
             bias=o_bias,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
+            context=context,
         )
         self.qk_norm_eps = qk_norm_eps or 0.0
         self.q_norm: nn.Parameter | None = None
         self.k_norm: nn.Parameter | None = None
         if qk_norm_eps is not None:
-            self.q_norm = parameter(head_dim, dtype=torch.float32, device=device)
-            self.k_norm = parameter(head_dim, dtype=torch.float32, device=device)
-        self._kernels = kernels
+            self.q_norm = parameter(head_dim, dtype=torch.float32, device=context.device)
+            self.k_norm = parameter(head_dim, dtype=torch.float32, device=context.device)
+        self._context = context
 
     def forward(
         self, x: Tensor, positions: Tensor, kv_cache: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
         """x: [T, E], positions: [T] int64, kv_cache: [B, 2, K, P, D], written here -> [T, E]."""
         qkv = self.qkv_proj(x)
-        q = qkv.new_empty((x.shape[0], self.num_heads, self.head_dim))
-        self._kernels.rope_and_write_kv(
+        context, shape = self._context, (x.shape[0], self.num_heads, self.head_dim)
+        q = context.activations("q", *shape)
+        context.kernels.rope_and_write_kv(
             qkv,
             positions,
             self.cos_sin,
@@ -85,8 +80,8 @@ class Attention(nn.Module):
             self.k_norm,
             self.qk_norm_eps,
         )
-        attended = torch.empty_like(q)
-        self._kernels.paged_attention(
+        attended = context.activations("attended", *shape)
+        context.kernels.paged_attention(
             q, kv_cache, metadata, self.head_dim**-0.5, self.sliding_window, None, attended
         )
         out: Tensor = self.o_proj(attended.view(x.shape[0], -1))

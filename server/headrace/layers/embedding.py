@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headrace.layers.context import LayerContext
 from headrace.layers.matrix import Matrix
-from headrace_kernels.kernel_set import KernelSet
 
 LOGIT_ROWS = 256
 """Rows of logits made at a time: bounds the scratch of a wide vocabulary."""
@@ -20,27 +20,40 @@ class Embedding(nn.Module):
         self,
         vocab_size: int,
         hidden_size: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernels: KernelSet,
+        context: LayerContext,
     ) -> None:
         super().__init__()
-        self.weight = Matrix(vocab_size, hidden_size, dtype=dtype, device=device, kernels=kernels)
+        self.weight = Matrix(
+            vocab_size,
+            hidden_size,
+            dtype=context.dtype,
+            device=context.device,
+            kernels=context.kernels,
+        )
+        self._context = context
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: [T] int64 -> [T, E] fp32: the residual stream is fp32 from its start."""
-        return self.weight.rows(token_ids)
+        out = self._context.activations(
+            "residual", len(token_ids), self.weight.in_features, dtype=torch.float32
+        )
+        self.weight.rows(token_ids, out)
+        return out
 
 
-def logits(hidden: Tensor, head: Matrix) -> Tensor:
-    """hidden: [N, E] fp32, head: [V, E] -> [N, V] fp32; a row's bits depend on that row only."""
+def logits(hidden: Tensor, head: Matrix, context: LayerContext | None = None) -> Tensor:
+    """hidden: [N, E] fp32, head: [V, E] -> [N, V] fp32; a row's bits depend on that row only.
+
+    With `context` they are in its memory, which the next call with it overwrites.
+    """
     count = hidden.shape[0]
     if head.packed is None:
         hidden = functional.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE)).to(head.dtype)
-    out = torch.empty(
-        (hidden.shape[0], head.out_features), dtype=torch.float32, device=hidden.device
-    )
+    shape = (hidden.shape[0], head.out_features)
+    if context is not None:
+        out = context.activations("logits", *shape, dtype=torch.float32)
+    else:
+        out = hidden.new_empty(shape, dtype=torch.float32)
     for begin in range(0, hidden.shape[0], LOGIT_ROWS):
         rows = slice(begin, begin + LOGIT_ROWS)
         head.multiply(hidden[rows], None, out[rows])

@@ -55,14 +55,13 @@ class Matrix(nn.Module):
             assert self.dense is not None, "the weights have not been read"
             self._kernels.linear(x, self.dense, bias, out)
 
-    def rows(self, indices: Tensor) -> Tensor:
-        """indices: [T] int64 -> [T, In] fp32."""
+    def rows(self, indices: Tensor, out: Tensor) -> None:
+        """out = the rows of these indices. indices: [T] int64, out: [T, In] fp32."""
         if self.packed is not None:
-            out = torch.empty((len(indices), self.in_features), device=indices.device)
             self._kernels.quantized_embedding(indices, self.packed, out)
-            return out
-        assert self.dense is not None, "the weights have not been read"
-        return functional.embedding(indices, self.dense).float()
+        else:
+            assert self.dense is not None, "the weights have not been read"
+            out.copy_(functional.embedding(indices, self.dense))
 
     def read(self, begin: int, end: int, tensor: WeightTensor, method: QuantMethod | None) -> None:
         """Read the rows [begin, end)."""

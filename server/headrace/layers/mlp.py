@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from headrace.layers.context import LayerContext
 from headrace.layers.linear import Linear
 from headrace.layers.weights import WeightSlots
-from headrace_kernels.kernel_set import KernelSet
 
 
 class GatedMLP(nn.Module):
@@ -19,9 +18,7 @@ class GatedMLP(nn.Module):
         intermediate_size: int,
         *,
         bias: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernels: KernelSet,
+        context: LayerContext,
     ) -> None:
         super().__init__()
         self.intermediate_size = intermediate_size
@@ -29,25 +26,21 @@ class GatedMLP(nn.Module):
             hidden_size,
             {"gate_proj": intermediate_size, "up_proj": intermediate_size},
             bias=bias,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
+            context=context,
         )
         self.down_proj = Linear(
             intermediate_size,
             {"down_proj": hidden_size},
             bias=bias,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
+            context=context,
         )
-        self._silu_and_mul = kernels.silu_and_mul
+        self._context = context
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, E] in the model dtype -> [T, E]."""
         gate_up = self.gate_up_proj(x)
-        activated = gate_up.new_empty((x.shape[0], self.intermediate_size))
-        self._silu_and_mul(gate_up, activated)
+        activated = self._context.activations("activated", x.shape[0], self.intermediate_size)
+        self._context.kernels.silu_and_mul(gate_up, activated)
         out: Tensor = self.down_proj(activated)
         return out
 

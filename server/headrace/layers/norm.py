@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from headrace.layers.context import LayerContext
 from headrace.layers.matrix import parameter
 from headrace.layers.weights import WeightSlots
-from headrace_kernels.kernel_set import KernelSet
 
 
 class RMSNorm(nn.Module):
@@ -16,23 +16,22 @@ class RMSNorm(nn.Module):
         size: int,
         eps: float,
         *,
-        out_dtype: torch.dtype,
-        device: torch.device,
-        kernels: KernelSet,
+        context: LayerContext,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.weight = parameter(size, dtype=torch.float32, device=device)
+        self.weight = parameter(size, dtype=torch.float32, device=context.device)
         self.eps = eps
-        self.out_dtype = out_dtype
-        self._kernels = kernels
+        self.out_dtype = out_dtype or context.dtype
+        self._context = context
 
     def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
         """Add x [T, E], if there is one, to residual [T, E] fp32 in place, and normalise that."""
-        out = torch.empty(residual.shape, dtype=self.out_dtype, device=residual.device)
+        out = self._context.activations("normalised", *residual.shape, dtype=self.out_dtype)
         if x is None:
-            self._kernels.rms_norm(residual, self.weight, self.eps, out)
+            self._context.kernels.rms_norm(residual, self.weight, self.eps, out)
         else:
-            self._kernels.add_rms_norm(x, residual, self.weight, self.eps, out)
+            self._context.kernels.add_rms_norm(x, residual, self.weight, self.eps, out)
         return out
 
     def weight_slots(self, prefix: str) -> WeightSlots:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headrace.errors import CheckpointError
 from headrace.layers.attention import Attention
+from headrace.layers.context import LayerContext
 from headrace.layers.embedding import Embedding, logits
 from headrace.layers.matrix import Matrix
 from headrace.layers.mlp import GatedMLP
@@ -34,14 +35,11 @@ class DecoderLayer(nn.Module):
         config: ModelConfig,
         layer: int,
         cos_sin: Tensor,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernels: KernelSet,
+        context: LayerContext,
     ) -> None:
         super().__init__()
         traits, size, eps = config.traits, config.hidden_size, config.rms_norm_eps
-        self.input_norm = RMSNorm(size, eps, out_dtype=dtype, device=device, kernels=kernels)
+        self.input_norm = RMSNorm(size, eps, context=context)
         self.attention = Attention(
             size,
             config.num_heads,
@@ -52,20 +50,14 @@ class DecoderLayer(nn.Module):
             qk_norm_eps=eps if traits.qk_norm else None,
             sliding_window=traits.windows[layer],
             cos_sin=cos_sin,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
+            context=context,
         )
-        self.post_attention_norm = RMSNorm(
-            size, eps, out_dtype=dtype, device=device, kernels=kernels
-        )
+        self.post_attention_norm = RMSNorm(size, eps, context=context)
         self.mlp = GatedMLP(
             size,
             config.intermediate_size,
             bias=traits.mlp_bias,
-            dtype=dtype,
-            device=device,
-            kernels=kernels,
+            context=context,
         )
 
     def forward(
@@ -104,29 +96,16 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.kernels = kernels
-        self.embedding = Embedding(
-            config.vocab_size, config.hidden_size, dtype=dtype, device=device, kernels=kernels
-        )
+        self.context = context = LayerContext(dtype=dtype, device=device, kernels=kernels)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, context)
         rope = cos_sin_table(config.rope, max_positions, device)
         no_rope = no_rope_table(max_positions, device)
         self.layers = nn.ModuleList(
-            DecoderLayer(
-                config,
-                layer,
-                rope if has_rope else no_rope,
-                dtype=dtype,
-                device=device,
-                kernels=kernels,
-            )
+            DecoderLayer(config, layer, rope if has_rope else no_rope, context)
             for layer, has_rope in enumerate(config.traits.rope_layers)
         )
         self.norm = RMSNorm(
-            config.hidden_size,
-            config.rms_norm_eps,
-            out_dtype=torch.float32,
-            device=device,
-            kernels=kernels,
+            config.hidden_size, config.rms_norm_eps, context=context, out_dtype=torch.float32
         )
         self.head = self.embedding.weight
         if not config.tie_word_embeddings:
@@ -157,12 +136,12 @@ class CausalLM(nn.Module):
         hidden: Tensor = self.norm(x, residual)
         return hidden
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor, *, reuse: bool = False) -> Tensor:
         """hidden: [N, E] rows of what `forward` returned, any N -> [N, V] fp32.
 
-        A row's bits do not depend on N.
+        A row's bits do not depend on N. With `reuse` the next call overwrites the result.
         """
-        return logits(hidden, self.head)
+        return logits(hidden, self.head, self.context if reuse else None)
 
     def load_weights(
         self, tensors: Iterable[WeightTensor], method: QuantMethod | None = None
