@@ -6,9 +6,15 @@
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <array>
+#include <cstdint>
 #include <string>
 
 #include "headrace/cpu/isa.h"
@@ -39,6 +45,18 @@ void set_num_threads(int64_t threads) {
     cpu::set_num_threads(static_cast<int>(threads));
 }
 
+// Advice only: a system without large pages, or with none left, takes small ones.
+void advise_huge_pages(torch::stable::Tensor memory) {
+    STD_TORCH_CHECK(memory.is_cpu() && memory.is_contiguous(), "memory must be a contiguous CPU tensor");
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const auto begin = reinterpret_cast<uintptr_t>(memory.data_ptr());
+    const uintptr_t end = begin + memory.numel() * memory.element_size();
+    const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = end / PAGE * PAGE;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(headrace, m) {
@@ -46,6 +64,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(headrace, m) {
     m.def("set_cpu_isa(str name) -> ()");
     m.def("num_threads() -> int");
     m.def("set_num_threads(int threads) -> ()");
+    m.def("advise_huge_pages(Tensor memory) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(headrace, CompositeExplicitAutograd, m) {
@@ -53,6 +72,7 @@ STABLE_TORCH_LIBRARY_IMPL(headrace, CompositeExplicitAutograd, m) {
     m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
     m.impl("num_threads", TORCH_BOX(&num_threads));
     m.impl("set_num_threads", TORCH_BOX(&set_num_threads));
+    m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages));
 }
 
 }  // namespace headrace

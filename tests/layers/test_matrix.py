@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from headrace.layers.context import LayerContext
 from headrace.layers.matrix import Matrix
 from headrace_kernels.dispatch import KernelFacts, choose
 from headrace_kernels.packed_format import PackedFormat
@@ -55,9 +56,8 @@ def read(parts: list[Part], method: Method | None) -> tuple[Matrix, Tensor]:
     """The matrix of these parts, and what it should hold."""
     facts = KernelFacts(device="cpu", arch="", dtype=torch.float32, head_dim=64, page_size=16)
     dense = torch.cat([p.dense for p in parts])
-    matrix = Matrix(
-        *dense.shape, dtype=torch.float32, device=torch.device("cpu"), kernels=choose(facts)
-    )
+    context = LayerContext(dtype=torch.float32, device=torch.device("cpu"), kernels=choose(facts))
+    matrix = Matrix(*dense.shape, context)
     begin = 0
     for p in parts:
         slot = matrix.slot(begin, len(p.dense))

@@ -17,6 +17,7 @@ from headrace.engine.sampler import Sampler
 from headrace.engine.sampling_batch import sampling_columns
 from headrace.models.base import CausalLM
 from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.cpu import pages
 from headrace_kernels.ops.sampling import token_logprobs
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,12 @@ class ModelRunner:
         config = model.config
         # All layers of a block are contiguous: one copy swaps or sends a block. `empty` commits
         # memory only as blocks are first written.
-        self._kv_cache = torch.empty(
-            (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim),
-            dtype=kv_dtype,
-            device=device,
-        )
+        page = (2, config.num_kv_heads, block_size, config.head_dim)
+        shape = (num_blocks, config.num_layers, *page)
+        if device.type == "cpu":
+            self._kv_cache = pages.empty(*shape, dtype=kv_dtype)
+        else:
+            self._kv_cache = torch.empty(shape, dtype=kv_dtype, device=device)
         self._kv_layers = [self._kv_cache[:, layer] for layer in range(config.num_layers)]
         self._recorded: RecordedSteps | None = None
         if device.type == "cpu" and pad_to == 1:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import Linear
-from headrace.layers.matrix import parameter
 from headrace.layers.weights import WeightSlots
 from headrace_kernels.attention_metadata import AttentionMetadata
 
@@ -58,8 +57,8 @@ class Attention(nn.Module):
         self.q_norm: nn.Parameter | None = None
         self.k_norm: nn.Parameter | None = None
         if qk_norm_eps is not None:
-            self.q_norm = parameter(head_dim, dtype=torch.float32, device=context.device)
-            self.k_norm = parameter(head_dim, dtype=torch.float32, device=context.device)
+            self.q_norm = context.parameter(head_dim, dtype=torch.float32)
+            self.k_norm = context.parameter(head_dim, dtype=torch.float32)
         self._context = context
 
     def forward(

@@ -1,10 +1,11 @@
-"""What the layers of one model share: types, device, kernels, and memory for activations."""
+"""What the layers of one model share: types, device, kernels and memory."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from headrace_kernels.cpu.pages import Arena
 from headrace_kernels.kernel_set import KernelSet
 
 SMALLEST_ROWS = 8
@@ -19,6 +20,11 @@ class LayerContext:
         self.kernels = kernels
         self._activations: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}
         self._outgrown: list[Tensor] = []
+        self._arena = Arena()
+
+    def parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """A parameter that is not initialized: it is read from a checkpoint."""
+        return nn.Parameter(self._empty(*shape, dtype=dtype or self.dtype), requires_grad=False)
 
     def activations(
         self, name: str, rows: int, *shape: int, dtype: torch.dtype | None = None
@@ -35,6 +41,11 @@ class LayerContext:
             capacity = max(SMALLEST_ROWS, 1 << (rows - 1).bit_length())
             if memory is not None:
                 self._outgrown.append(memory)
-            memory = torch.empty((capacity, *shape), dtype=key[2], device=self.device)
+            memory = self._empty(capacity, *shape, dtype=key[2])
             self._activations[key] = memory
         return memory[:rows]
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        if self.device.type == "cpu":
+            return self._arena.empty(*shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)

@@ -23,13 +23,7 @@ class Embedding(nn.Module):
         context: LayerContext,
     ) -> None:
         super().__init__()
-        self.weight = Matrix(
-            vocab_size,
-            hidden_size,
-            dtype=context.dtype,
-            device=context.device,
-            kernels=context.kernels,
-        )
+        self.weight = Matrix(vocab_size, hidden_size, context)
         self._context = context
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -47,8 +41,8 @@ def logits(hidden: Tensor, head: Matrix, context: LayerContext | None = None) ->
     With `context` they are in its memory, which the next call with it overwrites.
     """
     count = hidden.shape[0]
-    if head.packed is None:
-        hidden = functional.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE)).to(head.dtype)
+    if head.dense is not None:
+        hidden = functional.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE)).to(head.dense.dtype)
     shape = (hidden.shape[0], head.out_features)
     if context is not None:
         out = context.activations("logits", *shape, dtype=torch.float32)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
-from headrace.layers.matrix import Matrix, parameter
+from headrace.layers.matrix import Matrix
 from headrace.layers.weights import WeightSlots
 
 
@@ -28,11 +28,8 @@ class Linear(nn.Module):
         super().__init__()
         self.parts = dict(parts)
         self.out_features = sum(parts.values())
-        dtype, device = context.dtype, context.device
-        self.weight = Matrix(
-            self.out_features, in_features, dtype=dtype, device=device, kernels=context.kernels
-        )
-        self.bias = parameter(self.out_features, dtype=dtype, device=device) if bias else None
+        self.weight = Matrix(self.out_features, in_features, context)
+        self.bias = context.parameter(self.out_features) if bias else None
         self._context = context
         self._out_name = "+".join(parts)
 

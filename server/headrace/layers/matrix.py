@@ -8,16 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headrace.layers.context import LayerContext
 from headrace.layers.weights import WeightTensor
 from headrace.quantization.method import QuantMethod
-from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.packed_format import COLUMNS, FORMATS
 from headrace_kernels.packed_weight import unpack
-
-
-def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A parameter that is not initialized: it is read from a checkpoint."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
 class Matrix(nn.Module):
@@ -27,21 +22,13 @@ class Matrix(nn.Module):
     tensors are packed if all of them have the same packed format, and begin and end with a block.
     """
 
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        kernels: KernelSet,
-    ) -> None:
+    def __init__(self, out_features: int, in_features: int, context: LayerContext) -> None:
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
-        self.dtype, self.device = dtype, device
         self.dense: nn.Parameter | None = None
         self.packed: nn.Parameter | None = None
-        self._kernels = kernels
+        self._context = context
+        self._kernels = context.kernels
 
     def slot(self, begin: int = 0, rows: int | None = None) -> MatrixSlot:
         """Where the tensor of rows [begin, begin + rows) is read into; of all by default."""
@@ -70,7 +57,7 @@ class Matrix(nn.Module):
         if fmt is not None and whole_blocks and self.dense is None:
             if self.packed is None:
                 shape = fmt.shape(self.out_features, self.in_features)
-                self.packed = parameter(*shape, dtype=torch.uint8, device=self.device)
+                self.packed = self._context.parameter(*shape, dtype=torch.uint8)
             if FORMATS[self.packed.shape[2]] == fmt:
                 assert method is not None
                 method.pack_into(tensor, self.packed[begin // COLUMNS : -(-end // COLUMNS)])
@@ -81,7 +68,7 @@ class Matrix(nn.Module):
         """The dense parameter, which takes over what has been packed already."""
         if self.dense is None:
             shape = (self.out_features, self.in_features)
-            self.dense = parameter(*shape, dtype=self.dtype, device=self.device)
+            self.dense = self._context.parameter(*shape)
             if self.packed is not None:
                 self.dense.copy_(unpack(self.packed)[: self.out_features])
                 self.packed = None

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
-from headrace.layers.matrix import parameter
 from headrace.layers.weights import WeightSlots
 
 
@@ -20,7 +19,7 @@ class RMSNorm(nn.Module):
         out_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.weight = parameter(size, dtype=torch.float32, device=context.device)
+        self.weight = context.parameter(size, dtype=torch.float32)
         self.eps = eps
         self.out_dtype = out_dtype or context.dtype
         self._context = context

@@ -109,9 +109,7 @@ class CausalLM(nn.Module):
         )
         self.head = self.embedding.weight
         if not config.tie_word_embeddings:
-            self.head = Matrix(
-                config.vocab_size, config.hidden_size, dtype=dtype, device=device, kernels=kernels
-            )
+            self.head = Matrix(config.vocab_size, config.hidden_size, context)
 
     def forward(
         self,
