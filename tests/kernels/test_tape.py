@@ -105,3 +105,15 @@ def test_a_forgotten_tape_is_gone(tensors: tuple[Tensor, ...]) -> None:
     del tape
     with pytest.raises(RuntimeError, match="no recording"):
         torch.ops.headrace.replay(number)
+
+
+def test_a_tape_keeps_its_memory() -> None:
+    def step() -> None:
+        gated(*tensors)
+
+    tensors = [torch.randn(5, 64), torch.randn(64), torch.empty(5, 64), torch.empty(5, 32)]
+    tape, _ = record(step)
+    tensors.clear()
+    assert len(tape._memory) == 5
+    tape.replay()
+    assert tape._memory[2].isfinite().all()

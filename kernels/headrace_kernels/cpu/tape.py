@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACE = "headrace"
@@ -19,8 +20,9 @@ Result = TypeVar("Result")
 class Tape:
     """The native ops that a function ran. They read and write the memory that they did then."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, memory: Sequence[Tensor]) -> None:
         self._number = number
+        self._memory = memory
         self._replay = torch.ops.headrace.replay.default
 
     def replay(self) -> None:
@@ -41,26 +43,27 @@ class NotRecordable(Exception):
 def record(function: Callable[[], Result]) -> tuple[Tape, Result]:
     """Call `function` and record its native ops.
 
-    Raises NotRecordable, after the call, if it used other ops of torch than views. Its tensors have
-    to outlive the tape: the caller keeps them.
+    Raises NotRecordable, after the call, if it used other ops of torch than views. The tape keeps
+    the tensors that the ops were given.
     """
     torch.ops.headrace.begin_recording()
     try:
-        with _OtherOps() as others:
+        with _Watcher() as watcher:
             result = function()
-        if others.names:
-            raise NotRecordable(", ".join(sorted(others.names)))
-        return Tape(torch.ops.headrace.end_recording()), result
+        if watcher.other_ops:
+            raise NotRecordable(", ".join(sorted(watcher.other_ops)))
+        return Tape(torch.ops.headrace.end_recording(), watcher.memory), result
     finally:
         torch.ops.headrace.drop_recording()
 
 
-class _OtherOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects the ops that compute, copy or allocate, and are not ours."""
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the tensors of our ops, and the other ops that compute, copy or allocate."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names: set[str] = set()
+        self.other_ops: set[str] = set()
+        self.memory: list[Tensor] = []
 
     def __torch_dispatch__(
         self,
@@ -69,6 +72,8 @@ class _OtherOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if not func.is_view and func.namespace != NAMESPACE:
-            self.names.add(str(func))
+        if func.namespace == NAMESPACE:
+            self.memory.extend(argument for argument in args if isinstance(argument, Tensor))
+        elif not func.is_view:
+            self.other_ops.add(str(func))
         return func(*args, **(kwargs or {}))

@@ -207,7 +207,8 @@ class Scheduler:
         after = before + batch.num_scheduled
         running.num_computed_tokens[batch.rows] = after
         self._commit_full_blocks(batch.rows, before, after)
-        self._keep_prompt_logprobs(batch, before, result)
+        if result.prompt_logprobs:
+            self._keep_prompt_logprobs(batch, before, result)
 
         rows, tokens = batch.rows[batch.samples], result.token_ids
         ends = running.num_tokens[rows]
@@ -259,7 +260,8 @@ class Scheduler:
     def _ending(self, rows: LongArray, tokens: LongArray) -> tuple[np.ndarray, np.ndarray]:
         """([S] bool stopped by a token, [S] bool out of length)"""
         running = self.running
-        stopped = running.stops_at_eos[rows] & np.isin(tokens, self._eos_array)
+        # Compared with each: np.isin costs as much as the rest of an update of few rows.
+        stopped = running.stops_at_eos[rows] & (tokens[:, None] == self._eos_array).any(1)
         if running.with_stop_tokens:
             for index in np.flatnonzero(
                 np.isin(rows, np.fromiter(running.with_stop_tokens, np.int64))
