@@ -20,7 +20,6 @@ from headrace.engine.plan import Plan, make_plan
 from headrace.engine.request import RunningRequests
 from headrace.engine.scheduler import Scheduler
 from headrace.errors import ConfigError
-from headrace.layers.embedding import ROW_MULTIPLE
 from headrace.layers.matrix import Matrix
 from headrace.layers.weights import WeightTensor
 from headrace.loading.checkpoint import Checkpoint
@@ -81,7 +80,7 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         block_size=resolved.block_size,
         device=torch.device(resolved.device),
         kv_dtype=DTYPES[resolved.dtype],
-        pad_to=1 if _rows_are_independent(model, kernels) else ROW_MULTIPLE,
+        pad_to=max(part.row_multiple for part in model.modules() if isinstance(part, Matrix)),
     )
     info = ModelInfo(
         max_model_len=resolved.max_model_len,
@@ -98,17 +97,6 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         kernels=dict(kernels.names),
     )
     return Engine(scheduler, runner, info)
-
-
-def _rows_are_independent(model: CausalLM, kernels: KernelSet) -> bool:
-    """Whether a row of every product has the same bits in any batch; torch's need padding."""
-    chosen = dict(kernels.names)
-    products = {
-        "linear" if part.packed is None else "quantized_linear"
-        for part in model.modules()
-        if isinstance(part, Matrix)
-    }
-    return all(chosen[stem] == "cpu" for stem in products)
 
 
 def _leaves_little_to_torch(model: CausalLM, kernels: KernelSet) -> bool:

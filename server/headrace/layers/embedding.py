@@ -11,8 +11,6 @@ from headrace.layers.matrix import Matrix
 
 LOGIT_ROWS = 256
 """Rows of logits made at a time: bounds the scratch of a wide vocabulary."""
-ROW_MULTIPLE = 8
-"""GEMM rows are padded to this: see the CPU reference's tail in headrace_kernels."""
 
 
 class Embedding(nn.Module):
@@ -42,7 +40,8 @@ def logits(hidden: Tensor, head: Matrix, context: LayerContext | None = None) ->
     """
     count = hidden.shape[0]
     if head.dense is not None:
-        hidden = functional.pad(hidden, (0, 0, 0, -count % ROW_MULTIPLE)).to(head.dense.dtype)
+        hidden = functional.pad(hidden, (0, 0, 0, -count % head.row_multiple))
+        hidden = hidden.to(head.dense.dtype)
     shape = (hidden.shape[0], head.out_features)
     if context is not None:
         out = context.activations("logits", *shape, dtype=torch.float32)

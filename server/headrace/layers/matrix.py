@@ -14,6 +14,9 @@ from headrace.quantization.method import QuantMethod
 from headrace_kernels.packed_format import COLUMNS, FORMATS
 from headrace_kernels.packed_weight import unpack
 
+TORCH_ROW_MULTIPLE = 8
+"""The last rows of a product by torch, beyond a multiple of this, are computed in another order."""
+
 
 class Matrix(nn.Module):
     """[Out, In]: in the model dtype, or the stored integers in packed form.
@@ -33,6 +36,12 @@ class Matrix(nn.Module):
     def slot(self, begin: int = 0, rows: int | None = None) -> MatrixSlot:
         """Where the tensor of rows [begin, begin + rows) is read into; of all by default."""
         return MatrixSlot(self, begin, self.out_features if rows is None else rows)
+
+    @property
+    def row_multiple(self) -> int:
+        """What the rows of `x` are padded to, so that the bits of each depend on that row only."""
+        stem = "linear" if self.packed is None else "quantized_linear"
+        return 1 if dict(self._kernels.names)[stem] == "cpu" else TORCH_ROW_MULTIPLE
 
     def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out = x @ self.T + bias. x: [T, In] in the model dtype, or fp32 if this is packed."""
