@@ -28,6 +28,7 @@ OPS = {
     "attention": ("paged_attention",),
     "linear": ("linear",),
     "quantized_linear": ("quantized_linear", "quantized_embedding"),
+    "sampling": ("sample_tokens", "token_logprobs"),
 }
 """The functions of each stem."""
 

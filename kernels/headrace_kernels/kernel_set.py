@@ -67,9 +67,35 @@ class QuantizedEmbedding(Protocol):
     def __call__(self, token_ids: Tensor, weight: Tensor, out: Tensor) -> None: ...
 
 
+class SampleTokens(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+
+class TokenLogprobs(Protocol):
+    def __call__(
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        logprobs: Tensor,
+        top_ids: Tensor,
+        top_logprobs: Tensor,
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """One implementation of every op of a model. All write into `out` and return nothing."""
+    """One implementation of every op of a model. All write into their last arguments and return nothing."""
 
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
@@ -79,6 +105,8 @@ class KernelSet:
     linear: LinearOp
     quantized_linear: QuantizedLinear
     quantized_embedding: QuantizedEmbedding
+    sample_tokens: SampleTokens
+    token_logprobs: TokenLogprobs
     names: tuple[tuple[str, str], ...]
     """(stem, candidate) of what was chosen, for logs."""
     batch_invariant: bool

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 from headrace.engine.sampler import NO_TOKEN, SampledTokens, Sampler, SamplingBatch
+from headrace_kernels.dispatch import KernelFacts, choose
+
+KERNELS = choose(
+    KernelFacts(device="cpu", arch="any", dtype=torch.float32, head_dim=64, page_size=16)
+)
 
 NEUTRAL: dict[str, tuple[float, type[np.generic]]] = {
     "temperature": (0.0, np.float32),
@@ -57,7 +62,7 @@ def bias(values: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample(logits: Tensor | list[list[float]], batch: SamplingBatch) -> SampledTokens:
-    return Sampler().sample(torch.as_tensor(logits, dtype=torch.float32), batch)
+    return Sampler(KERNELS).sample(torch.as_tensor(logits, dtype=torch.float32), batch)
 
 
 def test_all_greedy_rows_take_the_largest_logit() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace_kernels.dispatch import kernels_for
+from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.reference import sampling as reference
 
 MAX_TOP_LOGPROBS = 20
@@ -22,6 +24,7 @@ def sample_tokens(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    kernels: KernelSet | None = None,
 ) -> Tensor:
     """Draw one token a row from softmax(logits / temperature) after top_k, then top_p, then min_p.
 
@@ -35,10 +38,12 @@ def sample_tokens(
         top_k: [R] int32, the number of tokens that survive; 0 is no limit. Of equal logits the
             lower token ids survive.
         top_p: [R] float32 in (0, 1]: the smallest set of most likely tokens with at least this
-            share of what top_k left (nucleus sampling, arXiv 1904.09751).
+            share of what top_k left (nucleus sampling, arXiv 1904.09751). Shares are counted in
+            whole numbers of 2^-34 of the likeliest token's, so that every kernel agrees on them.
         min_p: [R] float32 in [0, 1]: tokens at least this likely relative to the likeliest one
             survive (arXiv 2407.01082).
         seeds, positions: [R] int64, the identity of the noise.
+        kernels: a model's own; None is the automatic choice.
 
     All columns are CPU tensors, whatever the device of the logits: the host can then see which
     rows need which work without waiting for the device.
@@ -64,7 +69,8 @@ def sample_tokens(
                 f"{name} must be a CPU tensor of [{len(logits)}] {dtype}, "
                 f"got {list(column.shape)} {column.dtype} on {column.device}."
             )
-    return reference.sample_tokens(
+    out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    (kernels or kernels_for(logits)).sample_tokens(
         logits,
         temperature=temperature,
         top_k=top_k,
@@ -72,7 +78,9 @@ def sample_tokens(
         min_p=min_p,
         seeds=seeds,
         positions=positions,
+        out=out,
     )
+    return out
 
 
 def apply_penalties(
@@ -114,17 +122,21 @@ def apply_penalties(
     )
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, k: int, kernels: KernelSet | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (natural) of one given token a row, and of the k most likely ones.
 
     Args:
         logits: [N, V] float32, as the model made them.
-        token_ids: [N] int64.
+        token_ids: [N] int64, in the vocabulary.
         k: 0 to 20.
+        kernels: a model's own; None is the automatic choice.
 
     Returns:
         logprobs [N] float32, top_ids [N, min(k, V)] int64 (best first, the lower id first of equal
-        logits) and top_logprobs, likewise, float32.
+        logits) and top_logprobs, likewise, float32. Of a row with NaN or +inf, or nothing but -inf,
+        the log-probabilities are NaN and the top_ids are tokens that mean nothing.
 
     Raises:
         ValueError: a wrong shape or dtype, or k out of range.
@@ -137,7 +149,13 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, T
         )
     if not 0 <= k <= MAX_TOP_LOGPROBS:
         raise ValueError(f"k must be in [0, {MAX_TOP_LOGPROBS}], got {k}.")
-    return reference.token_logprobs(logits, token_ids, k)
+    shape = (len(logits), min(k, logits.shape[1]))
+    logprobs = logits.new_empty(len(logits))
+    top_ids, top_logprobs = token_ids.new_empty(shape), logits.new_empty(shape)
+    (kernels or kernels_for(logits)).token_logprobs(
+        logits, token_ids, logprobs, top_ids, top_logprobs
+    )
+    return logprobs, top_ids, top_logprobs
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -29,8 +29,17 @@ _HOPELESS = GUMBEL_MIN - GUMBEL_MAX - 1e-3
 # should stay in the cache; four times as much takes twice as long a token there.
 _NOISE_AT_ONCE, _NOISE_AT_ONCE_CPU = 2**24, 2**16
 
-# Rounding of a float32 softmax over a large vocabulary, with room to spare.
-_MASS_SLACK = 1e-5
+# exp(x) = 2^n exp(r), |r| <= ln(2) / 2: n ln(2) in two parts keeps r exact, and the polynomial is
+# the best of degree 4 for (exp(r) - 1 - r) / r^2.
+_LOG2_E = 1.44269504
+_LN2_HIGH, _LN2_LOW = 355 / 512, -2.12194440e-4
+_EXP_POLYNOMIAL = (1.381459879e-3, 8.368716575e-3, 4.166838899e-2, 1.666652113e-1, 4.999999404e-1)
+# Masses are whole numbers of 2^-34: what is smaller than half of that is 0, and float64 holds the
+# sum of 2^19 of them exactly.
+_MASS_BITS = 34
+_LEAST_MASS_LOG = -32.0
+# Far above the error of a mass, relative to it.
+_MASS_SLACK = 1e-4
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,7 +90,8 @@ def sample_tokens(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """See `headrace_kernels.ops.sampling.sample_tokens`."""
     best = logits.argmax(-1)
     best_logit = logits.gather(-1, best[:, None])
@@ -106,7 +116,7 @@ def sample_tokens(
         scaled = logits.index_select(0, rows).sub_(best_logit[rows]).div_(divisor[:, None])
         tokens[rows] = draw(scaled, **of_rows)
     # argmax takes NaN for the largest of all, so one look at the best logit tells a broken row.
-    return torch.where(best_logit[:, 0].isfinite(), tokens, -1)
+    out.copy_(torch.where(best_logit[:, 0].isfinite(), tokens, -1))
 
 
 def apply_penalties(
@@ -126,18 +136,19 @@ def apply_penalties(
     logits[rows, token_ids] = values
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor
+) -> None:
     """See `headrace_kernels.ops.sampling.token_logprobs`."""
-    k = min(k, logits.shape[-1])
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
+    every = logits.log_softmax(-1)
+    logprobs.copy_(every.gather(-1, token_ids[:, None])[:, 0])
+    k = top_ids.shape[1]
     if k == 0:
-        empty = logits.new_empty(len(logits), 0)
-        return chosen, empty.long(), empty
+        return
     # Ranked by logit: two of them can share a float32 log-probability.
-    _, top_ids = _ranked(logits, logits.topk(k).values[:, -1], min_width=k)
-    top_ids = top_ids[:, :k]
-    return chosen, top_ids, logprobs.gather(-1, top_ids)
+    _, ranked = _ranked(logits, logits.topk(k).values[:, -1], min_width=k)
+    top_ids.copy_(ranked[:, :k])
+    top_logprobs.copy_(every.gather(-1, top_ids))
 
 
 def _draw_unordered(
@@ -152,7 +163,7 @@ def _draw_unordered(
     """Rows whose only filter is min_p, which asks for no order. scaled: [R, V], at most 0."""
     vocab_size = scaled.shape[-1]
     if min_p.any():
-        scaled = torch.where(scaled >= min_p.log()[:, None], scaled, -torch.inf)
+        scaled = torch.where(scaled >= _least_of(min_p)[:, None], scaled, -torch.inf)
     survives = scaled >= _HOPELESS
     # A gathered token costs as much noise as the four lanes of a whole counter.
     crowded = survives.sum(-1, dtype=torch.int32) * _LANES > vocab_size
@@ -189,12 +200,16 @@ def _draw_ordered(
     vocab_size = scaled.shape[-1]
     limited = (top_k > 0) & (top_k < vocab_size)
     k = torch.where(limited, top_k, vocab_size).long()
-    least = min_p.log()
-    # The tokens below (1 - top_p) / V weigh less than 1 - top_p together: none is in the nucleus.
-    tail = ((1 - top_p - _MASS_SLACK) / vocab_size).clamp(min=0).log()
-    # The best logit is 0, so its log-probability is minus the log of the row's whole mass.
-    log_mass = -scaled.log_softmax(-1).amax(-1)
-    threshold = torch.maximum(tail + log_mass, least)
+    least = _least_of(min_p)
+    if limited.all():
+        total = torch.zeros_like(least, dtype=torch.float64)
+    else:
+        total = masses(scaled).sum(-1, dtype=torch.float64)
+    # The tokens that weigh less than this weigh less than 1 - top_p together: none is in the
+    # nucleus. One unit is more than the rounding of a mass.
+    tail = (1 - top_p.double()) * total / vocab_size - 1
+    tail = (tail.clamp(min=0.25) * 2.0**-_MASS_BITS).log() - _MASS_SLACK
+    threshold = torch.maximum(tail.float(), least)
     if limited.any():
         largest = scaled.topk(int(torch.where(limited, k, 1).max())).values
         kth = largest.gather(-1, (k[:, None] - 1).clamp(max=largest.shape[-1] - 1))[:, 0]
@@ -203,17 +218,40 @@ def _draw_ordered(
 
     values, ids = _ranked(scaled, threshold)
     rank = torch.arange(values.shape[-1], device=values.device)
-    mass = values.double().exp_()
+    mass = masses(values).double()
     mass_up_to = mass.cumsum(-1)
     mass_left = mass_up_to.gather(-1, (k[:, None] - 1).clamp(max=len(rank) - 1))[:, 0]
-    mass_left = torch.where(limited, mass_left, log_mass.double().exp())
-    nucleus = torch.where(top_p < 1, top_p * mass_left, torch.inf)
+    mass_left = torch.where(limited, mass_left, total)
+    nucleus = torch.where(top_p < 1, top_p.double() * mass_left, torch.inf)
     survives = (
         (rank < k[:, None]) & (mass_up_to - mass < nucleus[:, None]) & (values >= least[:, None])
     )
     width = max(int(survives.sum(-1).max()), 1)
     values = values.masked_fill_(~survives, -torch.inf)[:, :width]
     return _best_of(values, ids[:, :width], seeds, positions)
+
+
+def masses(scaled: Tensor) -> Tensor:
+    """exp(scaled), of scaled logits [R, V] float32, at most 0, in whole numbers of 2^-34: float32.
+
+    Of products and sums that each round to float32, and nothing else: every implementation gets
+    the same bits, and sums of whole numbers have no order. So all agree on every nucleus.
+    """
+    x = scaled.clamp(min=_LEAST_MASS_LOG)
+    n = (x * _LOG2_E).round_()
+    r = x.sub_(n * _LN2_HIGH).sub_(n * _LN2_LOW)
+    p = torch.full_like(r, _EXP_POLYNOMIAL[0])
+    for coefficient in _EXP_POLYNOMIAL[1:]:
+        p.mul_(r).add_(coefficient)
+    p.mul_(r * r).add_(r.add_(1.0))
+    power = n.to(torch.int32).add_(127 + _MASS_BITS).bitwise_left_shift_(23)
+    return p.mul_(power.view(torch.float32)).round_()
+
+
+def _least_of(min_p: Tensor) -> Tensor:
+    """The least scaled logit that min_p [R] leaves. By way of float64, which hides the last-bit
+    differences between one math library's logarithm and another's."""
+    return min_p.double().log_().float()
 
 
 def _best_of(values: Tensor, ids: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class ModelRunner:
         self._block_size = block_size
         self._device = device
         self._pad_to = pad_to
-        self._sampler = Sampler()
+        self._sampler = Sampler(model.kernels)
         config = model.config
         # All layers of a block are contiguous: one copy swaps or sends a block. `empty` commits
         # memory only as blocks are first written.
@@ -131,7 +131,9 @@ class ModelRunner:
                 begin = offset + start - first
                 logits = self._model.compute_logits(hidden[begin : begin + stop - start])
                 targets = self._to_device(running.token_ids[row, start:stop].astype(np.int64))
-                own, top_ids, top = token_logprobs(logits, targets, count)
+                own, top_ids, top = token_logprobs(
+                    logits, targets, count, self._model.kernels
+                )
                 entries.extend(
                     TokenLogprobs(*entry)
                     for entry in zip(own.tolist(), top_ids.tolist(), top.tolist(), strict=True)

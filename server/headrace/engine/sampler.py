@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.ops import sampling as ops
 
 FloatColumn = npt.NDArray[np.float32]
@@ -71,6 +72,9 @@ class SampledTokens:
 class Sampler:
     """Stateless: the same batch gives the same tokens, however it is composed."""
 
+    def __init__(self, kernels: KernelSet) -> None:
+        self._kernels = kernels
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
         """Sample one token for each row of logits [R, V] float32, which are not modified.
 
@@ -84,9 +88,33 @@ class Sampler:
             min_p=torch.from_numpy(batch.min_p),
             seeds=torch.from_numpy(batch.seed),
             positions=torch.from_numpy(batch.position),
+            kernels=self._kernels,
         )
         token_ids = tokens.cpu().numpy()
-        return SampledTokens(token_ids, _logprobs(logits, token_ids, batch.num_logprobs))
+        return SampledTokens(token_ids, self._logprobs(logits, token_ids, batch.num_logprobs))
+
+    def _logprobs(
+        self, logits: Tensor, token_ids: LongColumn, num_logprobs: IntColumn
+    ) -> dict[int, tuple[float, list[int], list[float]]]:
+        rows = np.flatnonzero((num_logprobs >= 0) & (token_ids != NO_TOKEN))
+        if len(rows) == 0:
+            return {}
+        wanted = num_logprobs[rows]
+        chosen, top_ids, top = ops.token_logprobs(
+            logits[torch.from_numpy(rows).to(logits.device)],
+            torch.from_numpy(token_ids[rows]).to(logits.device),
+            int(wanted.max()),
+            self._kernels,
+        )
+        columns = zip(
+            rows.tolist(),
+            wanted.tolist(),
+            chosen.tolist(),
+            top_ids.tolist(),
+            top.tolist(),
+            strict=True,
+        )
+        return {row: (logprob, ids[:k], values[:k]) for row, k, logprob, ids, values in columns}
 
 
 def _adjusted(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -132,21 +160,3 @@ def _pairs(ids_of_row: Mapping[int, TokenIds]) -> tuple[Tensor, Tensor]:
     rows = np.repeat(np.fromiter(ids_of_row, np.int64, len(lengths)), lengths)
     ids = np.concatenate(list(ids_of_row.values())).astype(np.int64)
     return torch.from_numpy(rows), torch.from_numpy(ids)
-
-
-def _logprobs(
-    logits: Tensor, token_ids: LongColumn, num_logprobs: IntColumn
-) -> dict[int, tuple[float, list[int], list[float]]]:
-    rows = np.flatnonzero((num_logprobs >= 0) & (token_ids != NO_TOKEN))
-    if len(rows) == 0:
-        return {}
-    wanted = num_logprobs[rows]
-    chosen, top_ids, top = ops.token_logprobs(
-        logits[torch.from_numpy(rows).to(logits.device)],
-        torch.from_numpy(token_ids[rows]).to(logits.device),
-        int(wanted.max()),
-    )
-    columns = zip(
-        rows.tolist(), wanted.tolist(), chosen.tolist(), top_ids.tolist(), top.tolist(), strict=True
-    )
-    return {row: (logprob, ids[:k], values[:k]) for row, k, logprob, ids, values in columns}
