@@ -22,6 +22,7 @@ from headrace_kernels.kernel_set import KernelSet
 logger = logging.getLogger(__name__)
 
 OPS = {
+    "embedding": ("embedding",),
     "norm": ("rms_norm", "add_rms_norm"),
     "rope": ("rope_and_write_kv",),
     "activation": ("silu_and_mul",),

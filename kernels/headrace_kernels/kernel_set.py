@@ -63,7 +63,9 @@ class QuantizedLinear(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
 
 
-class QuantizedEmbedding(Protocol):
+class Embedding(Protocol):
+    """Of dense weights or packed ones."""
+
     def __call__(self, token_ids: Tensor, weight: Tensor, out: Tensor) -> None: ...
 
 
@@ -95,8 +97,9 @@ class TokenLogprobs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """One implementation of every op of a model. All write into their last arguments and return nothing."""
+    """One implementation of every op. All write into their last arguments and return nothing."""
 
+    embedding: Embedding
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
     rope_and_write_kv: RopeAndWriteKv
@@ -104,7 +107,7 @@ class KernelSet:
     paged_attention: PagedAttention
     linear: LinearOp
     quantized_linear: QuantizedLinear
-    quantized_embedding: QuantizedEmbedding
+    quantized_embedding: Embedding
     sample_tokens: SampleTokens
     token_logprobs: TokenLogprobs
     names: tuple[tuple[str, str], ...]

@@ -157,9 +157,7 @@ def test_what_the_native_kernel_refuses_goes_to_the_reference(
     log_once.cache_clear()
     x, weight = torch.randn(8, 16).half(), torch.randn(4, 16).half()
     kernels = dispatch.choose(
-        dispatch.KernelFacts(
-            device="cpu", arch="", dtype=torch.float32, head_dim=64, page_size=16
-        ),
+        dispatch.KernelFacts(device="cpu", arch="", dtype=torch.float32, head_dim=64, page_size=16),
         {"linear": "cpu"},
     )
     out = poisoned(8, 4, dtype=torch.float16)

@@ -46,7 +46,7 @@ class ModelRunner:
         self._block_size = block_size
         self._device = device
         self._pad_to = pad_to
-        self._sampler = Sampler(model.kernels)
+        self._sampler = Sampler(model.context.kernels)
         config = model.config
         # All layers of a block are contiguous: one copy swaps or sends a block. `empty` commits
         # memory only as blocks are first written.
@@ -132,7 +132,7 @@ class ModelRunner:
                 logits = self._model.compute_logits(hidden[begin : begin + stop - start])
                 targets = self._to_device(running.token_ids[row, start:stop].astype(np.int64))
                 own, top_ids, top = token_logprobs(
-                    logits, targets, count, self._model.kernels
+                    logits, targets, count, self._model.context.kernels
                 )
                 entries.extend(
                     TokenLogprobs(*entry)

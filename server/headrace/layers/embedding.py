@@ -34,14 +34,15 @@ class Embedding(nn.Module):
 
 
 def logits(hidden: Tensor, head: Matrix, context: LayerContext | None = None) -> Tensor:
-    """hidden: [N, E] fp32, head: [V, E] -> [N, V] fp32; a row's bits depend on that row only.
+    """hidden: [N, E] float, head: [V, E] -> [N, V] fp32; a row's bits depend on that row only.
 
     With `context` they are in its memory, which the next call with it overwrites.
     """
     count = hidden.shape[0]
     if head.dense is not None:
-        hidden = functional.pad(hidden, (0, 0, 0, -count % head.row_multiple))
         hidden = hidden.to(head.dense.dtype)
+        if padding := -count % head.row_multiple:
+            hidden = functional.pad(hidden, (0, 0, 0, padding))
     shape = (hidden.shape[0], head.out_features)
     if context is not None:
         out = context.activations("logits", *shape, dtype=torch.float32)

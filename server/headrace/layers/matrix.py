@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from headrace.layers.context import LayerContext
 from headrace.layers.weights import WeightTensor
@@ -57,7 +56,7 @@ class Matrix(nn.Module):
             self._kernels.quantized_embedding(indices, self.packed, out)
         else:
             assert self.dense is not None, "the weights have not been read"
-            out.copy_(functional.embedding(indices, self.dense))
+            self._kernels.embedding(indices, self.dense, out)
 
     def read(self, begin: int, end: int, tensor: WeightTensor, method: QuantMethod | None) -> None:
         """Read the rows [begin, end)."""

@@ -172,6 +172,8 @@ class CausalLM(nn.Module):
         )
         if tied is None and HEAD not in read:
             self.head = self.embedding.weight
+        if self.head.dense is not None:
+            self.norm.out_dtype = self.head.dense.dtype
 
 
 def build_model(
