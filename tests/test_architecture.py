@@ -268,16 +268,15 @@ def test_every_third_party_import_is_declared() -> None:
 
 
 def test_every_import_of_tests_and_benches_is_declared() -> None:
-    declared = _declared_distributions("dependencies", "dev", "ray", "triton")
+    declared = _declared_distributions("dependencies", "dev", "peers", "ray", "triton")
     problems = []
     for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
-            for package in {name.split(".")[0] for name in names} - {
-                "tests"
-            }:  # types of a conftest
+            # Types of a conftest, the benchmarks' own modules, what another Python runs.
+            for package in {name.split(".")[0] for name in names} - {"tests", "bench", "vllm"}:
                 if _is_third_party(package) and _distribution(package) not in declared:
                     problems.append(f"{path.relative_to(ROOT)}: {package} is not in extra `dev`")
     report(problems)
