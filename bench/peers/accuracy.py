@@ -44,6 +44,7 @@ from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.dispatch import OPS
 
 DEFAULT_TEXT = ("README.md", "CONTRIBUTING.md", "docs/*.md", "LICENSE")
+LEAST_LOGPROB = -16.0
 Logits = Callable[[list[int]], torch.Tensor]
 
 
@@ -61,7 +62,10 @@ class Divergence:
     def add(self, reference: torch.Tensor, path: torch.Tensor, targets: torch.Tensor) -> None:
         """reference, path: [positions, V] log-probabilities; targets: [positions] int64."""
         reference, path = reference.double(), path.double()
-        self.kl += (reference.exp() * (reference - path)).sum(1).tolist()
+        terms = reference.exp() * (reference - path)
+        # As llama-perplexity: its file does not hold what lies below.
+        terms.masked_fill_(reference <= LEAST_LOGPROB, 0.0)
+        self.kl += terms.sum(1).tolist()
         own = targets[:, None]
         self.error += (path.gather(1, own) - reference.gather(1, own)).abs()[:, 0].tolist()
         self.same_top += (path.argmax(1) == reference.argmax(1)).double().tolist()

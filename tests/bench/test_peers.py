@@ -4,6 +4,7 @@ of those that are not there. No peer runs here."""
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bench.peers import __main__ as command_line
 from bench.peers import comparison as comparison_module
 from bench.peers import record
+from bench.peers.accuracy import Divergence
 from bench.peers.comparison import Comparison, Settings
 from bench.peers.contenders import check_vllm
 from bench.peers.http_load import Load, llama_server
@@ -451,6 +454,20 @@ with sigterm_as_interrupt():
 
 
 # --- accuracy -----------------------------------------------------------------------------------
+
+
+def test_divergence_of_two_known_distributions() -> None:
+    reference = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]).log()
+    path = torch.tensor([[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]]).log()
+    found = Divergence("tiny")
+    found.add(reference, path, torch.tensor([1, 2]))
+    assert found.kl == pytest.approx([0.25 * math.log(2), 0.0], abs=1e-7)
+    assert found.error == pytest.approx([math.log(2), 0.0], abs=1e-7)
+    assert found.summary()["same_top"] == 0.5
+    # What is less likely than e^-16 does not count, as in llama-perplexity.
+    rare = Divergence("rare")
+    rare.add(torch.tensor([[0.0, -16.5]]), torch.tensor([[0.0, -30.0]]), torch.tensor([0]))
+    assert rare.kl == [0.0]
 
 
 def test_the_file_of_log_probabilities(tmp_path: Path) -> None:
