@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ from typing import Any
 
 from bench.peers.contenders import Contender, Headrace, LlamaCppBench
 from bench.peers.llama_cpp import LlamaCpp
-from bench.peers.processes import PeerError, kill, sigterm_as_interrupt, start
+from bench.peers.processes import PeerError, kill, progress, sigterm_as_interrupt, start
 from bench.peers.record import markdown
 from bench.peers.workload import Workload
 
@@ -87,22 +88,24 @@ def measure(
     cases = {(one.name, batch): Case(f"{one.name} B={batch}", [], []) for one in contenders
              for batch in BATCHES}  # fmt: skip
     failed: dict[str, str] = {}
-    for number in range(args.rounds):
-        for contender in contenders:
-            for batch in BATCHES:
-                if contender.name in failed:
-                    continue
-                workload = Workload(batch, INPUT_TOKENS, args.output_tokens)
-                try:
-                    alone = contender.measure(model, workload, args.seed + number)
-                    with busy_core(args.core, scratch):
-                        crowded = contender.measure(model, workload, args.seed + number)
-                except PeerError as error:
-                    failed[contender.name] = str(error)
-                    continue
-                cases[contender.name, batch].undisturbed.append(alone)
-                cases[contender.name, batch].disturbed.append(crowded)
-        print(f"round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
+    turns = itertools.product(range(args.rounds), contenders, BATCHES)
+    try:
+        for number, contender, batch in turns:
+            if contender.name in failed:
+                continue
+            progress(f"round {number}: {contender.name} B={batch}")
+            workload = Workload(batch, INPUT_TOKENS, args.output_tokens)
+            try:
+                alone = contender.measure(model, workload, args.seed + number)
+                with busy_core(args.core, scratch):
+                    crowded = contender.measure(model, workload, args.seed + number)
+            except PeerError as error:
+                failed[contender.name] = str(error)
+                continue
+            cases[contender.name, batch].undisturbed.append(alone)
+            cases[contender.name, batch].disturbed.append(crowded)
+    except KeyboardInterrupt:
+        failed["interrupted"] = "these are the figures until then"
     return [case for case in cases.values() if case.disturbed], failed
 
 

@@ -92,7 +92,7 @@ class Vllm:
     name = "vllm"
 
     def __init__(self, python: Path, model: Path, threads: int, work: Path, scratch: Path) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = vllm_environment(python, threads)
         check_vllm(python, env)
         folder = work / f"{model.stem}-bf16"
         if not (folder / "config.json").exists():
@@ -115,6 +115,15 @@ class Vllm:
 
     def close(self) -> None:
         self._worker.close()
+
+
+def vllm_environment(python: Path, threads: int) -> dict[str, str]:
+    """This one's, with the OpenMP runtime that vLLM's documentation asks for where it is there."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
+    if openmp.exists():
+        env["LD_PRELOAD"] = " ".join(filter(None, [str(openmp), os.environ.get("LD_PRELOAD", "")]))
+    return env
 
 
 def check_vllm(python: Path, env: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from bench.peers import comparison as comparison_module
 from bench.peers import record
 from bench.peers.accuracy import Divergence
 from bench.peers.comparison import Comparison, Settings
-from bench.peers.contenders import check_vllm
+from bench.peers.contenders import check_vllm, vllm_environment
 from bench.peers.http_load import Load, llama_server
 from bench.peers.llama_cpp import (
     LlamaCpp,
@@ -169,6 +169,15 @@ def test_a_python_without_vllm_is_told_how_to_get_it(tmp_path: Path) -> None:
         check_vllm(tmp_path / "python", {})
     with pytest.raises(PeerError, match="--vllm-python"):
         check_vllm(tmp_path / "nothing", {})
+
+
+def test_vllm_gets_its_own_openmp_runtime_where_it_is_installed(tmp_path: Path) -> None:
+    assert "libiomp5" not in vllm_environment(tmp_path / "bin" / "python", 2).get("LD_PRELOAD", "")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libiomp5.so").touch()
+    env = vllm_environment(tmp_path / "bin" / "python", 2)
+    assert env["LD_PRELOAD"].split()[0] == str(tmp_path / "lib" / "libiomp5.so")
+    assert env["OMP_NUM_THREADS"] == "2"
 
 
 def test_a_picture_without_matplotlib_is_refused_before_the_run(
