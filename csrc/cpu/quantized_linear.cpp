@@ -28,8 +28,12 @@ using torch::stable::Tensor;
 
 // Enough column blocks at a time to make claiming them cheap: of 576 inputs 4 are 23 KB.
 constexpr int64_t BLOCKS_PER_CHUNK = 4;
-// Fewer activations than this are quantized sooner than a second thread wakes.
-constexpr int64_t VALUES_WORTH_A_THREAD = 8192;
+// Fewer activations than this are quantized sooner than a second thread helps.
+constexpr int64_t VALUES_WORTH_A_THREAD = 32768;
+// Groups of two column blocks that are unpacked at a time: 25 KB, which stay in the nearest cache.
+constexpr int64_t GROUPS_UNPACKED = 18;
+// Tiles that share what is unpacked; bounds their totals.
+constexpr int64_t TILES_TOGETHER = 44;
 
 struct Product {
     const void* x;
@@ -37,37 +41,35 @@ struct Product {
     int64_t x_stride;
     const uint8_t* weights;
     int64_t block_bytes;
-    const void* bias;
-    bool bias_is_bf16;
     uint8_t* scratch;
-    void* out;
-    bool out_is_bf16;
-    int64_t out_stride;
-    int64_t rows, columns, groups, blocks;
+    Output out;
+    int64_t rows, groups, blocks;
 };
 
-// Rows in tiles of nearly equal height, at most MAX_ROWS.
-struct Tiles {
-    int64_t rows, count;
+// Parts of nearly equal size, at most `most`, of which there is a multiple of a number: rows in tiles,
+// column blocks in chunks.
+struct Split {
+    int64_t size, count;
 
-    Tiles(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
-    int64_t begin(int64_t tile) const { return rows * tile / count; }
+    Split(int64_t size, int64_t most, int64_t multiple = 1)
+        : size(size), count(((size + most - 1) / most + multiple - 1) / multiple * multiple) {}
+    int64_t begin(int64_t part) const { return size * part / count; }
+    int64_t size_of(int64_t part) const { return begin(part + 1) - begin(part); }
 };
 
-template <class Isa>
+template <class Isa, int PARTS>
 void quantize(const Product& p) {
-    const Tiles tiles(p.rows, Isa::MAX_ROWS);
+    const Split tiles(p.rows, Isa::MAX_ROWS);
     const auto quantize_tile = [&](int64_t tile) {
-        const int64_t begin = tiles.begin(tile), rows = tiles.begin(tile + 1) - begin;
-        uint8_t* to = p.scratch + begin * p.groups * ROW_BYTES;
-        for (int64_t r = 0; r < rows; ++r) {
-            const int64_t at = (begin + r) * p.x_stride;
-            const int height = static_cast<int>(rows), row = static_cast<int>(r);
-            if (p.x_is_bf16) {
-                Isa::quantize_row(static_cast<const uint16_t*>(p.x) + at, p.groups, to, height, row);
-            } else {
-                Isa::quantize_row(static_cast<const float*>(p.x) + at, p.groups, to, height, row);
-            }
+        const int64_t begin = tiles.begin(tile), at = begin * p.x_stride;
+        const int rows = static_cast<int>(tiles.size_of(tile));
+        uint8_t* to = p.scratch + begin * p.groups * row_bytes(PARTS);
+        if (p.x_is_bf16) {
+            const auto* x = static_cast<const uint16_t*>(p.x) + at;
+            Isa::template quantize_tile<uint16_t, PARTS>(x, p.x_stride, p.groups, to, rows);
+        } else {
+            const auto* x = static_cast<const float*>(p.x) + at;
+            Isa::template quantize_tile<float, PARTS>(x, p.x_stride, p.groups, to, rows);
         }
     };
     if (p.rows * p.groups * GROUP < VALUES_WORTH_A_THREAD) {
@@ -77,57 +79,89 @@ void quantize(const Product& p) {
     }
 }
 
-void write_tile(const Product& p, const float* totals, int64_t row, int64_t rows, int64_t column) {
-    const int64_t width = std::min<int64_t>(COLUMNS, p.columns - column);
-    for (int64_t r = 0; r < rows; ++r, totals += COLUMNS) {
-        float values[COLUMNS];
-        for (int64_t c = 0; c < COLUMNS; ++c) values[c] = totals[c];
-        for (int64_t c = 0; p.bias && c < width; ++c) {
-            values[c] += p.bias_is_bf16
-                             ? from_bf16(static_cast<const uint16_t*>(p.bias)[column + c])
-                             : static_cast<const float*>(p.bias)[column + c];
-        }
-        const int64_t at = (row + r) * p.out_stride + column;
-        if (!p.out_is_bf16) {
-            std::memcpy(static_cast<float*>(p.out) + at, values, sizeof(float) * width);
-            continue;
-        }
-        uint16_t rounded[COLUMNS];
-        for (int64_t c = 0; c < COLUMNS; ++c) rounded[c] = to_bf16(values[c]);
-        std::memcpy(static_cast<uint16_t*>(p.out) + at, rounded, sizeof(uint16_t) * width);
-    }
-}
-
+// Each tile of each column block on its own.
 template <class Isa, class F, size_t... R>
 void multiply(const Product& p, std::index_sequence<R...>) {
     static constexpr std::array PRODUCTS = {&Isa::template product<F, static_cast<int>(R + 1)>...};
-    const Tiles tiles(p.rows, Isa::MAX_ROWS);
-    const int64_t share = p.blocks / (4 * cpu::num_threads());
-    const int64_t step = std::clamp<int64_t>(share, 1, BLOCKS_PER_CHUNK);
-    cpu::parallel_for((p.blocks + step - 1) / step, [&](int64_t chunk) {
+    const Split tiles(p.rows, Isa::MAX_ROWS);
+    const Split chunks(p.blocks, BLOCKS_PER_CHUNK, cpu::num_threads());
+    cpu::parallel_for(chunks.count, [&](int64_t chunk) {
         float totals[Isa::MAX_ROWS * COLUMNS];
-        const int64_t last = std::min(p.blocks, (chunk + 1) * step);
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
-            const int64_t begin = tiles.begin(tile), rows = tiles.begin(tile + 1) - begin;
-            uint8_t* x = p.scratch + begin * p.groups * ROW_BYTES;
-            for (int64_t block = chunk * step; block < last; ++block) {
-                const uint8_t* weights = p.weights + block * p.groups * p.block_bytes;
+            const int64_t begin = tiles.begin(tile), rows = tiles.size_of(tile);
+            uint8_t* x = p.scratch + begin * p.groups * row_bytes(F::PARTS);
+            for (int64_t block = chunks.begin(chunk); block < chunks.begin(chunk + 1); ++block) {
+                const uint8_t* weights = p.weights + block * p.groups * F::BYTES;
                 PRODUCTS[rows - 1](weights, x, p.groups, totals);
-                write_tile(p, totals, begin, rows, block * COLUMNS);
+                Isa::write(p.out, totals, COLUMNS, begin, rows, block * COLUMNS);
             }
         }
     });
 }
 
+// Tiles [first, last) of two column blocks, which are unpacked once. Meanwhile the weights that come
+// next, or with which this thread is likely to go on, are fetched.
+template <class Isa, class F, size_t... R>
+void multiply_pair(const Product& p, int64_t block, int64_t first, int64_t last,
+                   std::index_sequence<R...>) {
+    static constexpr std::array PRODUCTS = {
+        &Isa::template product_of_two<F, static_cast<int>(R + 1)>...};
+    UnpackedGroup<F::PARTS> unpacked[GROUPS_UNPACKED * 2];
+    alignas(64) float totals[TILES_TOGETHER * Isa::MAX_ROWS * 2 * COLUMNS];
+    const Split tiles(p.rows, Isa::MAX_ROWS), parts(p.groups, GROUPS_UNPACKED);
+    const int64_t row = tiles.begin(first), rows = tiles.begin(last) - row;
+    const int64_t width = std::min<int64_t>(2, p.blocks - block), stride = p.groups * F::BYTES;
+    const uint8_t* weights = p.weights + block * stride;
+    const int64_t lines = F::BYTES / 64, lines_a_tile = (lines + last - first - 1) / (last - first);
+    std::fill(totals, totals + rows * 2 * COLUMNS, 0.0f);
+    for (int64_t part = 0; part < parts.count; ++part) {
+        const int64_t group = parts.begin(part), groups = parts.size_of(part);
+        for (int64_t b = 0; b < width; ++b) {
+            Isa::template unpack<F>(weights + b * stride + group * F::BYTES, groups, unpacked + b);
+        }
+        const uint8_t* next = weights + (part + 1 < parts.count
+                                             ? parts.begin(part + 1) * F::BYTES
+                                             : 2 * cpu::num_threads() * stride);
+        for (int64_t tile = first; tile < last; ++tile) {
+            const int64_t begin = tiles.begin(tile), height = tiles.size_of(tile);
+            const int64_t done = (tile - first) * lines_a_tile;
+            const Ahead ahead{next + done * groups * 64, stride, done < lines ? lines_a_tile : 0};
+            const uint8_t* x =
+                p.scratch + (begin * p.groups + group * height) * row_bytes(F::PARTS);
+            float* to = totals + (begin - row) * 2 * COLUMNS;
+            PRODUCTS[height - 1](unpacked, x, groups, ahead, to);
+        }
+    }
+    for (int64_t b = 0; b < width; ++b) {
+        Isa::write(p.out, totals + b * COLUMNS, 2 * COLUMNS, row, rows, (block + b) * COLUMNS);
+    }
+}
+
+template <class Isa, class F>
+void run_as(const Product& p) {
+    constexpr std::make_index_sequence<Isa::MAX_ROWS> ROWS;
+    quantize<Isa, F::PARTS>(p);
+    if constexpr (Isa::UNPACKS) {
+        if (p.rows > Isa::MAX_ROWS) {
+            const int64_t tiles = Split(p.rows, Isa::MAX_ROWS).count;
+            return cpu::parallel_for((p.blocks + 1) / 2, [&](int64_t pair) {
+                for (int64_t tile = 0; tile < tiles; tile += TILES_TOGETHER) {
+                    const int64_t end = std::min(tiles, tile + TILES_TOGETHER);
+                    multiply_pair<Isa, F>(p, 2 * pair, tile, end, ROWS);
+                }
+            });
+        }
+    }
+    multiply<Isa, F>(p, ROWS);
+}
+
 template <class Isa>
 void run_with(const Product& p) {
-    constexpr std::make_index_sequence<Isa::MAX_ROWS> ROWS;
-    quantize<Isa>(p);
     switch (p.block_bytes) {
-        case Q4::BYTES: return multiply<Isa, Q4>(p, ROWS);
-        case Q4Minimum::BYTES: return multiply<Isa, Q4Minimum>(p, ROWS);
-        case Q8::BYTES: return multiply<Isa, Q8>(p, ROWS);
-        case Q8Minimum::BYTES: return multiply<Isa, Q8Minimum>(p, ROWS);
+        case Format<4, false, 1>::BYTES: return run_as<Isa, Format<4, false, 1>>(p);
+        case Format<4, true, 1>::BYTES: return run_as<Isa, Format<4, true, 1>>(p);
+        case Format<8, false, 1>::BYTES: return run_as<Isa, Format<8, false, 1>>(p);
+        case Format<8, true, 1>::BYTES: return run_as<Isa, Format<8, true, 1>>(p);
     }
 }
 
@@ -151,8 +185,9 @@ void check_packed(const Tensor& weight) {
                         weight.is_contiguous(),
                     "weight must be packed: contiguous uint8 [ceil(Out / 16), In / 32, bytes]");
     const int64_t bytes = weight.size(2);
-    STD_TORCH_CHECK(bytes == Q4::BYTES || bytes == Q4Minimum::BYTES ||
-                        bytes == Q8::BYTES || bytes == Q8Minimum::BYTES,
+    const bool known = bytes == Format<4, false, 1>::BYTES || bytes == Format<4, true, 1>::BYTES ||
+                       bytes == Format<8, false, 1>::BYTES || bytes == Format<8, true, 1>::BYTES;
+    STD_TORCH_CHECK(known,
                     "weight is in no packed format: groups of ", bytes, " bytes");
 }
 
@@ -165,8 +200,8 @@ void quantized_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tenso
                         (out.size(1) + COLUMNS - 1) / COLUMNS == weight.size(0),
                     "out must be [T, Out] with rows of adjacent values");
     STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous() &&
-                        scratch.numel() >= x.size(0) * weight.size(1) * ROW_BYTES,
-                    "scratch must be contiguous uint8, at least [T, In / 32, ", ROW_BYTES, "]");
+                        scratch.numel() >= x.size(0) * weight.size(1) * row_bytes(1),
+                    "scratch must be contiguous uint8, at least [T, In / 32, ", row_bytes(1), "]");
     if (bias) {
         STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out.size(1) && bias->is_contiguous(),
                         "bias must be contiguous [Out]");
@@ -177,14 +212,14 @@ void quantized_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tenso
         .x_stride = x.stride(0),
         .weights = static_cast<const uint8_t*>(weight.data_ptr()),
         .block_bytes = weight.size(2),
-        .bias = bias ? bias->data_ptr() : nullptr,
-        .bias_is_bf16 = bias && is_bf16(*bias, "bias"),
         .scratch = static_cast<uint8_t*>(scratch.data_ptr()),
-        .out = out.data_ptr(),
-        .out_is_bf16 = is_bf16(out, "out"),
-        .out_stride = out.stride(0),
+        .out = {.out = out.data_ptr(),
+                .stride = out.stride(0),
+                .columns = out.size(1),
+                .bias = bias ? bias->data_ptr() : nullptr,
+                .is_bf16 = is_bf16(out, "out"),
+                .bias_is_bf16 = bias && is_bf16(*bias, "bias")},
         .rows = x.size(0),
-        .columns = out.size(1),
         .groups = weight.size(1),
         .blocks = weight.size(0),
     };
@@ -220,10 +255,10 @@ void look_up(const Lookup& l) {
         const int column = static_cast<int>(id % COLUMNS);
         float* out = l.out + i * l.groups * GROUP;
         switch (l.block_bytes) {
-            case Q4::BYTES: unpack_row<Q4>(block, column, l.groups, out); break;
-            case Q4Minimum::BYTES: unpack_row<Q4Minimum>(block, column, l.groups, out); break;
-            case Q8::BYTES: unpack_row<Q8>(block, column, l.groups, out); break;
-            case Q8Minimum::BYTES: unpack_row<Q8Minimum>(block, column, l.groups, out); break;
+            case Format<4, false, 1>::BYTES: unpack_row<Format<4, false, 1>>(block, column, l.groups, out); break;
+            case Format<4, true, 1>::BYTES: unpack_row<Format<4, true, 1>>(block, column, l.groups, out); break;
+            case Format<8, false, 1>::BYTES: unpack_row<Format<8, false, 1>>(block, column, l.groups, out); break;
+            case Format<8, true, 1>::BYTES: unpack_row<Format<8, true, 1>>(block, column, l.groups, out); break;
         }
     }
 }

@@ -11,31 +11,42 @@
 
 namespace headrace::cpu::quantized {
 
-constexpr int GROUP = 32;   // values along K that share a scale
+constexpr int GROUP = 32;   // values along K that are stored and multiplied together
 constexpr int COLUMNS = 16; // outputs of a column block
 
 // How a column block stores a group: the unsigned weights u of 16 columns in the order that
 // multiply-accumulate by fours takes them (of 8 bits: 8 times [column][4 of K]; of 4 bits: 4 times,
-// with K and K + 16 in a byte), then 16 scales d in fp16, then, with a minimum, 16 minima m in fp16.
-// A weight is d * u + m, or d * (u - ZERO) without a minimum.
-template <int BITS_, bool MINIMUM_>
+// with K and K + 16 in a byte), then for each of PARTS equal parts of the group 16 scales d, then,
+// with a minimum, for each part 16 minima m; both in fp16. A weight is d * u + m, or d * (u - ZERO)
+// without a minimum.
+template <int BITS_, bool MINIMUM_, int PARTS_>
 struct Format {
     static constexpr int BITS = BITS_;
     static constexpr bool MINIMUM = MINIMUM_;
+    static constexpr int PARTS = PARTS_;
     static constexpr int ZERO = MINIMUM ? 0 : 1 << (BITS - 1);
     static constexpr int SCALES = COLUMNS * GROUP * BITS / 8;
-    static constexpr int MINIMA = SCALES + 2 * COLUMNS;
-    static constexpr int BYTES = MINIMA + (MINIMUM ? 2 * COLUMNS : 0);
+    static constexpr int MINIMA = SCALES + 2 * COLUMNS * PARTS;
+    static constexpr int BYTES = MINIMA + (MINIMUM ? 2 * COLUMNS * PARTS : 0);
 };
 
-using Q4 = Format<4, false>;
-using Q4Minimum = Format<4, true>;
-using Q8 = Format<8, false>;
-using Q8Minimum = Format<8, true>;
+// The quads of K, 4 values each, of a part.
+constexpr int QUADS = GROUP / 4;
+
+// The same unpacked, for tiles of many rows: every format as bytes u, and for each part the pairs of
+// int16 (sum of u, ZERO), d and m.
+template <int PARTS>
+struct alignas(64) UnpackedGroup {
+    uint8_t u[QUADS][4 * COLUMNS];
+    int32_t sums[PARTS][COLUMNS];
+    float d[PARTS][COLUMNS];
+    float m[PARTS][COLUMNS];
+};
 
 // A tile of R rows of activations stores a group as int8 q[R][32], then for each row the scale s,
-// s * sum(q - z), and the pair of int16 (-z, -sum(q - z)). An activation is s * (q - z).
-constexpr int ROW_BYTES = GROUP + 12;
+// and for each row of each part s * sum(q - z) and the pair of int16 (-z, -sum(q - z)). An activation
+// is s * (q - z).
+constexpr int row_bytes(int parts) { return GROUP + 4 + 8 * parts; }
 
 struct ActivationGroup {
     int8_t* q;
@@ -43,11 +54,11 @@ struct ActivationGroup {
     uint8_t* scaled_sum;
     uint8_t* offsets;
 
-    ActivationGroup(uint8_t* tile, int64_t group, int rows, int row) {
-        uint8_t* base = tile + group * rows * ROW_BYTES;
+    ActivationGroup(uint8_t* tile, int64_t group, int rows, int row, int parts, int part = 0) {
+        uint8_t* base = tile + group * rows * row_bytes(parts);
         q = reinterpret_cast<int8_t*>(base + row * GROUP);
         scale = base + rows * GROUP + 4 * row;
-        scaled_sum = scale + 4 * rows;
+        scaled_sum = scale + 4 * rows * (1 + 2 * part);
         offsets = scaled_sum + 4 * rows;
     }
 };
@@ -70,8 +81,8 @@ HEADRACE_INLINE float from_bf16(uint16_t bits) {
 
 HEADRACE_INLINE uint16_t to_bf16(float value) {
     const auto bits = std::bit_cast<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return static_cast<uint16_t>(value == value ? rounded : (bits >> 16) | 0x40);
+    const uint32_t rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+    return static_cast<uint16_t>((value == value ? rounded : bits | 0x400000) >> 16);
 }
 
 HEADRACE_INLINE float from_fp16(uint16_t bits) {
@@ -83,6 +94,53 @@ HEADRACE_INLINE float from_fp16(uint16_t bits) {
                             : std::bit_cast<float>(magnitude) * 0x1p112f;
     return (bits & 0x8000) ? -value : value;
 }
+
+// Where totals go: rows of float32 or bf16, with a bias added.
+struct Output {
+    void* out;
+    int64_t stride;
+    int64_t columns;
+    const void* bias;
+    bool is_bf16, bias_is_bf16;
+
+    // Totals of rows, `step` apart, of the column block that begins at `column`.
+    HEADRACE_INLINE void write(const float* totals, int64_t step, int64_t row, int64_t rows,
+                               int64_t column) const {
+        const int64_t width = columns - column < COLUMNS ? columns - column : COLUMNS;
+        float add[COLUMNS] = {};
+        for (int64_t c = 0; bias && c < width; ++c) {
+            add[c] = bias_is_bf16 ? from_bf16(static_cast<const uint16_t*>(bias)[column + c])
+                                  : static_cast<const float*>(bias)[column + c];
+        }
+        for (int64_t r = 0; r < rows; ++r, totals += step) {
+            const int64_t at = (row + r) * stride + column;
+            float values[COLUMNS];
+            for (int c = 0; c < COLUMNS; ++c) values[c] = totals[c];
+            for (int c = 0; bias && c < COLUMNS; ++c) values[c] += add[c];
+            if (!is_bf16) {
+                copy(static_cast<float*>(out) + at, values, width);
+                continue;
+            }
+            uint16_t rounded[COLUMNS];
+            for (int c = 0; c < COLUMNS; ++c) rounded[c] = to_bf16(values[c]);
+            copy(static_cast<uint16_t*>(out) + at, rounded, width);
+        }
+    }
+
+  private:
+    template <class T>
+    static HEADRACE_INLINE void copy(T* to, const T* from, int64_t width) {
+        if (width == COLUMNS) std::memcpy(to, from, sizeof(T) * COLUMNS);
+        else std::memcpy(to, from, sizeof(T) * width);
+    }
+};
+
+// Lines of two column blocks, `stride` bytes apart, to bring into the cache for each group.
+struct Ahead {
+    const uint8_t* from;
+    int64_t stride;
+    int64_t lines;
+};
 
 // Of a group of activations, from its extremes; the same operations on every instruction set.
 struct Quantizer {
@@ -103,8 +161,8 @@ struct Quantizer {
         scale = range / 255.0f;
     }
 
-    HEADRACE_INLINE void store_facts(const ActivationGroup& to, int sum_of_q) const {
-        const int sum = sum_of_q - GROUP * zero_point;
+    HEADRACE_INLINE void store_facts(const ActivationGroup& to, int sum_of_q, int count) const {
+        const int sum = sum_of_q - count * zero_point;
         store(to.scale, scale);
         store(to.scaled_sum, scale * static_cast<float>(sum));
         store(to.offsets, static_cast<int16_t>(-zero_point));
