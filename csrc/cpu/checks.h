@@ -47,14 +47,21 @@ void with_float_type(const char* name, const Tensor& tensor, F&& f) {
     }
 }
 
-// Calls f(row) for each row on the pool, in chunks of work of some microseconds.
+// Calls f(begin, end) for runs of rows on the pool, each some microseconds of work.
 template <class F>
-void for_each_row(int64_t rows, int64_t row_size, F&& f) {
+void for_each_run(int64_t rows, int64_t row_size, F&& f) {
     constexpr int64_t VALUES_PER_CHUNK = 16384;
     const int64_t step = std::max<int64_t>(1, VALUES_PER_CHUNK / std::max<int64_t>(1, row_size));
     parallel_for((rows + step - 1) / step, [&](int64_t chunk) {
-        const int64_t end = std::min(rows, (chunk + 1) * step);
-        for (int64_t row = chunk * step; row < end; ++row) f(row);
+        f(chunk * step, std::min(rows, (chunk + 1) * step));
+    });
+}
+
+// Calls f(row) for each row, as for_each_run.
+template <class F>
+void for_each_row(int64_t rows, int64_t row_size, F&& f) {
+    for_each_run(rows, row_size, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) f(row);
     });
 }
 

@@ -22,6 +22,20 @@ void check_range(const char* name, const int64_t* values, int64_t count, int64_t
     }
 }
 
+// A store to a line that is not there waits for it, and few of them can wait at a time.
+void prefetch_for_writing(const void* from, int64_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(from) & ~uintptr_t{63};
+    const auto end = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes);
+    for (uintptr_t line = begin; line < end; line += 64) {
+#if defined(__x86_64__)
+        // __builtin_prefetch would need a target that has it; an older CPU takes it for a no-op.
+        asm volatile("prefetchw %0" : : "m"(*reinterpret_cast<const char*>(line)));
+#else
+        __builtin_prefetch(reinterpret_cast<const char*>(line), 1);
+#endif
+    }
+}
+
 const float* norm_weight(const char* name, const std::optional<Tensor>& weight, int64_t head_dim) {
     if (!weight) return nullptr;
     check_vector(name, *weight, ScalarType::Float, head_dim);
@@ -43,22 +57,45 @@ struct Rope {
     int64_t block_stride, value_stride, token_stride;
 };
 
+// Where the key of a token's first head goes, null if nowhere.
+template <class In, class Cache>
+Cache* key_of(const Rope<In, Cache>& r, int64_t token) {
+    const int64_t slot = r.slots[token];
+    if (slot < 0) return nullptr;
+    return r.cache + slot / r.page_size * r.block_stride + slot % r.page_size * r.token_stride;
+}
+
+// In a decode each token's slots lie in a block of their own, which no cache has held since the last
+// step: what the next tokens write is fetched while this one is computed.
+template <class In, class Cache>
+void prefetch_slots(const Rope<In, Cache>& r, int64_t token) {
+    const Cache* const key = key_of(r, token);
+    if (key == nullptr) return;
+    const int64_t bytes = r.shape.head_dim * static_cast<int64_t>(sizeof(Cache));
+    for (int64_t head = 0; head < r.shape.num_kv_heads; ++head) {
+        const Cache* const own = key + head * r.shape.cache_head_stride;
+        prefetch_for_writing(own, bytes);
+        prefetch_for_writing(own + r.value_stride, bytes);
+    }
+}
+
 template <class In, class Cache>
 void rope_rows(const Rope<In, Cache>& r) {
+    constexpr int64_t AHEAD = 4;
     check_range("position", r.positions, r.tokens, 0, r.max_positions);
     check_range("slot", r.slots, r.tokens, -1, r.cache_slots);
-    for_each_row(r.tokens, r.qkv_size, [&](int64_t token) {
-        const int64_t slot = r.slots[token];
-        Cache* key = nullptr;
-        Cache* value = nullptr;
-        if (slot >= 0) {
-            key = r.cache + slot / r.page_size * r.block_stride +
-                  slot % r.page_size * r.token_stride;
-            value = key + r.value_stride;
+    for_each_run(r.tokens, r.qkv_size, [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < std::min(begin + AHEAD, end); ++token) {
+            prefetch_slots(r, token);
         }
-        HEADRACE_DISPATCH(rope_token, r.shape, r.qkv + token * r.qkv_stride,
-                          r.table + r.positions[token] * 2 * r.shape.half,
-                          r.q_out + token * r.shape.num_heads * r.shape.head_dim, key, value);
+        for (int64_t token = begin; token < end; ++token) {
+            if (token + AHEAD < end) prefetch_slots(r, token + AHEAD);
+            Cache* const key = key_of(r, token);
+            Cache* const value = key == nullptr ? nullptr : key + r.value_stride;
+            HEADRACE_DISPATCH(rope_token, r.shape, r.qkv + token * r.qkv_stride,
+                              r.table + r.positions[token] * 2 * r.shape.half,
+                              r.q_out + token * r.shape.num_heads * r.shape.head_dim, key, value);
+        }
     });
 }
 
