@@ -24,7 +24,10 @@ class AttentionMetadata:
     """
 
     query_start_loc: Tensor
-    """[R + 1] int32: request r owns rows query_start_loc[r] to query_start_loc[r + 1]."""
+    """[R + 1] int32: request r owns rows query_start_loc[r] to query_start_loc[r + 1].
+
+    It may own none: it pads a batch of fewer requests then, and its length and blocks are not read.
+    """
     seq_lens: Tensor
     """[R] int32: tokens in the cache once this step has written its own."""
     block_table: Tensor
@@ -49,12 +52,12 @@ class AttentionMetadata:
         slot_mapping: npt.NDArray[Any],
         device: torch.device | str,
     ) -> AttentionMetadata:
-        """Copy the scheduler's arrays to `device`; 1 <= query_lens[r] <= seq_lens[r]."""
+        """Copy the scheduler's arrays to `device`; query_lens[r] <= seq_lens[r] unless it is 0."""
         query_lens = np.array(query_lens, dtype=np.int32)
         kv_lens = np.array(seq_lens, dtype=np.int32)
         host_block_table = np.array(block_table, dtype=np.int32)
         assert query_lens.shape == kv_lens.shape == host_block_table.shape[:1]
-        assert (query_lens >= 1).all() and (query_lens <= kv_lens).all()
+        assert ((query_lens == 0) | (query_lens > 0) & (query_lens <= kv_lens)).all()
         query_start_loc = np.zeros(len(query_lens) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=query_start_loc[1:])
         assert query_start_loc[-1] <= len(slot_mapping)

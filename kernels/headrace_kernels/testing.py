@@ -25,6 +25,7 @@ RAGGED_LENGTHS: Mapping[str, Sequence[tuple[int, int]]] = {
     "one prompt": [(70, 70)],
     "page borders": [(15, 15), (16, 16), (17, 17), (31, 48)],
     "tile borders": [(63, 63), (64, 64), (65, 65), (2, 130), (64, 128)],
+    "requests of no rows": [(0, 0), (1, 20), (0, 33), (0, 0), (5, 70), (0, 1)],
     "mixed": [(1, 90), (33, 33), (1, 1), (7, 140), (1, 300), (2, 2)],
 }
 """(query tokens, cached tokens with them) of each request."""

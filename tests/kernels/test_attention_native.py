@@ -186,6 +186,28 @@ def test_offsets_beyond_32_bits(isa: str) -> None:
     assert_close(run(q, cache, batch), expected, TOLERANCES["attention", torch.bfloat16])
 
 
+def test_requests_of_no_rows_may_have_any_length_and_block(
+    isa: str, threads: int, rng: np.random.Generator
+) -> None:
+    """The padding of a recorded batch: alone, and around a context of several splits."""
+    batch = ragged_batch([(1, 700), (5, 20)], 16, rng)
+    arguments = op_arguments(batch)
+    q, cache, table, out = arguments[0], arguments[1], arguments[4], arguments[-1]
+    torch.ops.headrace.paged_attention(*arguments)
+    padded_out, scratch = poisoned(*q.shape), torch.empty(1 << 20, dtype=torch.uint8)
+    padded_table = torch.full((5, table.shape[1]), 2**30, dtype=torch.int32)
+    padded_table[torch.tensor([1, 3])] = table
+    torch.ops.headrace.paged_attention(
+        q, cache, int32(0, 0, 1, 1, 6, 6), int32(2**31 - 1, 700, -(2**31), 20, 0), padded_table,
+        *arguments[5:8], scratch, padded_out,
+    )  # fmt: skip
+    assert torch.equal(padded_out, out)
+    torch.ops.headrace.paged_attention(
+        q, cache, int32(0, 0), int32(5), padded_table[:1], *arguments[5:8], scratch, padded_out
+    )
+    assert (padded_out == 0).all()
+
+
 def op_arguments(batch: RaggedBatch, **changes: Any) -> tuple[Any, ...]:
     metadata = batch.metadata()
     arguments = {

@@ -26,6 +26,7 @@ def paged_attention(
     The query tokens of request r are its last query_lens[r] positions; their K and V are in the
     cache already. Head h of q reads kv head h // (H / K). Softmax and sums are fp32. A
     batch-invariant kernel computes a row to the same bits alone, in any batch and in any chunking.
+    A request of no query tokens is padding: nothing is read or written for it.
 
     Args:
         q: [T, H, D], H a multiple of K.

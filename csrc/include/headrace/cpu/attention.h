@@ -78,8 +78,9 @@ inline int64_t plan_items(const Batch& batch, RequestPlan* plans) {
     int64_t splits = 0;
     for (int64_t request = 0; request < batch.requests; ++request) {
         RequestPlan& plan = plans[request];
-        const int32_t length = batch.seq_lens[request];
         const int32_t queries = batch.query_start_loc[request + 1] - batch.query_start_loc[request];
+        // The length of a request without rows may be anything.
+        const int32_t length = queries == 0 ? 0 : batch.seq_lens[request];
         const int32_t hidden = batch.window ? std::max(length - queries + 1 - batch.window, 0) : 0;
         plan.blocks = static_cast<int32_t>(round_up(queries * batch.group(), batch.block_rows()) /
                                            batch.block_rows());
