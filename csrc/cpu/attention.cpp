@@ -150,6 +150,8 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
         .scratch_bytes = scratch_bytes,
         .out = out.mutable_data_ptr(),
         .out_stride = out.stride(0),
+        .group = heads / kv_heads,
+        .block_rows = attention::Batch::rows_that_fit(dim),
     };
     launch<run>(Launch{
         .batch = batch,

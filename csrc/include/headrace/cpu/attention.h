@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <type_traits>
 
 #include "headrace/cpu/attention_types.h"
@@ -82,8 +83,8 @@ inline int64_t plan_items(const Batch& batch, RequestPlan* plans) {
         // The length of a request without rows may be anything.
         const int32_t length = queries == 0 ? 0 : batch.seq_lens[request];
         const int32_t hidden = batch.window ? std::max(length - queries + 1 - batch.window, 0) : 0;
-        plan.blocks = static_cast<int32_t>(round_up(queries * batch.group(), batch.block_rows()) /
-                                           batch.block_rows());
+        plan.blocks = static_cast<int32_t>(round_up(queries * batch.group, batch.block_rows) /
+                                           batch.block_rows);
         plan.first_split = hidden / SPLIT;
         plan.last_split = (length + SPLIT - 1) / SPLIT;
         splits += plan.blocks * batch.kv_heads * (plan.last_split - plan.first_split);
@@ -120,25 +121,38 @@ inline int64_t plan_items(const Batch& batch, RequestPlan* plans) {
 template <class Tiles>
 class Worker {
   public:
-    Worker(const Batch& batch, const RequestPlan* plans, int64_t item)
+    // `plan`: of the request of this item, or of one before.
+    Worker(const Batch& batch, const RequestPlan* plans, const RequestPlan* plan, int64_t item)
         : batch_(batch), own_(workspace()) {
-        const RequestPlan* plan =
-            std::upper_bound(plans, plans + batch.requests, item,
-                             [](int64_t i, const RequestPlan& p) { return i < p.first_item; });
-        plan_ = --plan;
+        while (plan + 1 < plans + batch.requests && plan[1].first_item <= item) ++plan;
+        plan_ = plan;
         request_ = plan - plans;
         item -= plan->first_item;
-        item_ = item % plan->items;
-        unit_ = item / plan->items;
-        head_ = unit_ % batch.kv_heads;
+        item_ = plan->items == 1 ? 0 : item % plan->items;
+        unit_ = plan->items == 1 ? item : item / plan->items;
+        const int64_t last_first = unit_ / batch.kv_heads;
+        head_ = unit_ - last_first * batch.kv_heads;
         // The last block sees most tokens: it comes first.
-        block_ = plan->blocks - 1 - unit_ / batch.kv_heads;
+        block_ = plan->blocks - 1 - last_first;
         pages_ = static_cast<const Cache*>(batch.kv_cache) + head_ * batch.head_stride;
         table_ = batch.block_table + request_ * batch.table_stride;
+        locate();
     }
 
-    void run() {
+    const RequestPlan* plan() const { return plan_; }
+
+    // `next` is what this thread probably does next, if anything; `fetched`: whether it was `next`
+    // for its predecessor.
+    void run(const Worker* next, bool fetched) {
+        next_ = next != nullptr && next->begin_ < next->end_ ? next : nullptr;
         load_rows();
+        if (begin_ < end_) {
+            find_tokens(begin_, own_.tokens[0]);
+            if (!fetched) {
+                ahead(begin_, own_.tokens[0], 0).fetch(0, TILE);
+                ahead(begin_, own_.tokens[0], batch_.kv_stride).fetch(0, TILE);
+            }
+        }
         const int first_split = first_ / SPLIT;
         const int last_split = (last_ + SPLIT - 1) / SPLIT;
         if (plan_->items == 1) {
@@ -153,9 +167,7 @@ class Worker {
             }
             return finish(own_.total());
         }
-        const int begin = plan_->first_split + static_cast<int>(item_) * plan_->splits_per_item;
-        const int end = std::min(begin + plan_->splits_per_item, last_split);
-        for (int split = std::max(begin, first_split); split < end; ++split) {
+        for (int split = begin_ / SPLIT; split * SPLIT < end_; ++split) {
             attend(split, partial(split));
         }
         std::atomic<int32_t>& finished = plan_->finished_items[unit_];
@@ -171,17 +183,27 @@ class Worker {
     using Query = typename Tiles::Query;
     using Cache = typename Tiles::Cache;
 
-    // The rows of the block, and the positions that any of them sees.
+    // The rows of the block, the positions that they see together, and those of them in this item.
+    void locate() {
+        const auto group = static_cast<int32_t>(batch_.group);
+        const int32_t token = batch_.query_start_loc[request_];
+        const int32_t queries = batch_.query_start_loc[request_ + 1] - token;
+        const auto first_row = static_cast<int32_t>(block_ * batch_.block_rows);
+        rows_ = std::min(static_cast<int32_t>(batch_.block_rows), queries * group - first_row);
+        const int32_t first_query = block_ == 0 ? 0 : first_row / group;
+        token_ = token + first_query;
+        group_head_ = first_row - first_query * group;
+        position_ = batch_.seq_lens[request_] - queries + first_query;
+        first_ = batch_.window ? std::max(position_ + 1 - batch_.window, 0) : 0;
+        last_ = position_ + (queries == 1 ? 0 : (group_head_ + rows_ - 1) / group) + 1;
+        const int split = plan_->first_split + static_cast<int>(item_) * plan_->splits_per_item;
+        begin_ = std::max(split * SPLIT, first_ / TILE * TILE);
+        end_ = std::min((split + plan_->splits_per_item) * SPLIT, last_);
+    }
+
     void load_rows() {
-        const int64_t group = batch_.group();
-        const int32_t begin = batch_.query_start_loc[request_];
-        const int32_t queries = batch_.query_start_loc[request_ + 1] - begin;
-        const int64_t first_row = block_ * batch_.block_rows();
-        rows_ = static_cast<int>(std::min(batch_.block_rows(), queries * group - first_row));
-        token_ = begin + first_row / group;
-        group_head_ = first_row % group;
-        int32_t position =
-            static_cast<int32_t>(batch_.seq_lens[request_] - queries + first_row / group);
+        const int64_t group = batch_.group;
+        int32_t position = position_;
         int64_t token = token_, head = group_head_;
         for (int r = 0; r < rows_; ++r) {
             const auto* q = static_cast<const Query*>(batch_.q) + token * batch_.q_stride +
@@ -195,8 +217,6 @@ class Worker {
                 ++position;
             }
         }
-        first_ = own_.first[0];
-        last_ = own_.last[rows_ - 1];
     }
 
     void clear(const Partial& partial) const {
@@ -223,47 +243,48 @@ class Worker {
     // Where the keys of a tile's tokens are; for those that nobody sees, somewhere.
     void find_tokens(int tile, const void** tokens) const {
         const Span span = seen(tile);
-        int j = span.first;
-        while (j < span.last) {
-            const int64_t page = (tile + j) / batch_.page_size;
-            const int64_t offset = (tile + j) % batch_.page_size;
+        const auto page_size = static_cast<int>(batch_.page_size);
+        int page = (tile + span.first) / page_size;
+        int offset = (tile + span.first) % page_size;
+        for (int j = span.first; j < span.last; ++page, offset = 0) {
             const Cache* key =
                 pages_ + int64_t{table_[page]} * batch_.block_stride + offset * batch_.dim;
-            const int end =
-                static_cast<int>(std::min<int64_t>(span.last, j + batch_.page_size - offset));
+            const int end = std::min(span.last, j + page_size - offset);
             for (; j < end; ++j, key += batch_.dim) tokens[j] = key;
         }
         std::fill(tokens, tokens + span.first, tokens[span.first]);
         std::fill(tokens + span.last, tokens + TILE, tokens[span.first]);
     }
 
-    void prefetch(const void* const* tokens, const Span& span, int64_t offset) const {
-        const int64_t bytes = batch_.dim * static_cast<int64_t>(sizeof(Cache));
-        for (int j = span.first; j < span.last; ++j) {
-            const char* from =
-                static_cast<const char*>(tokens[j]) + offset * static_cast<int64_t>(sizeof(Cache));
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-        }
+    // Keys of a tile at 0, values at kv_stride.
+    Ahead ahead(int tile, const void* const* tokens, int64_t offset) const {
+        const Span span = seen(tile);
+        constexpr int64_t SIZE = sizeof(Cache);
+        return {tokens, offset * SIZE, batch_.dim * SIZE, span.first, span.last};
     }
 
     void attend(int split, const Partial& partial) {
         clear(partial);
-        const int begin = std::max(split * SPLIT, first_ / TILE * TILE);
-        const int end = std::min((split + 1) * SPLIT, last_);
-        find_tokens(begin, own_.tokens[0]);
-        int side = 0;
-        for (int tile = begin; tile < end; tile += TILE, side ^= 1) {
-            const void* const* next = nullptr;
-            if (tile + TILE < end) {
-                find_tokens(tile + TILE, own_.tokens[side ^ 1]);
-                next = own_.tokens[side ^ 1];
+        const int begin = std::max(split * SPLIT, begin_);
+        const int end = std::min((split + 1) * SPLIT, end_);
+        for (int tile = begin; tile < end; tile += TILE) {
+            const int side = tile / TILE % 2 ^ begin_ / TILE % 2;
+            const void** const next = own_.tokens[side ^ 1];
+            Ahead keys, values;
+            const Worker* const owner = tile + TILE < end_ ? this : next_;
+            if (owner != nullptr) {
+                const int next_tile = owner == this ? tile + TILE : owner->begin_;
+                owner->find_tokens(next_tile, next);
+                keys = owner->ahead(next_tile, next, 0);
+                values = owner->ahead(next_tile, next, batch_.kv_stride);
             }
-            attend_tile(tile, own_.tokens[side], next, partial);
+            attend_tile(tile, own_.tokens[side], partial, keys, values);
         }
     }
 
-    void attend_tile(int tile, const void* const* tokens, const void* const* next,
-                     const Partial& partial) {
+    // `next_keys` and `next_values` are fetched meanwhile.
+    void attend_tile(int tile, const void* const* tokens, const Partial& partial,
+                     const Ahead& next_keys, const Ahead& next_values) {
         const auto* keys = reinterpret_cast<const Cache* const*>(tokens);
         const Span span = seen(tile);
         const int64_t dim = batch_.dim;
@@ -276,20 +297,22 @@ class Worker {
         const int rows = end - begin;
         const Partial of_rows = {partial.values + begin * dim, partial.max + begin,
                                  partial.sum + begin};
+        // Three vectors take longer than four, whose sums hide more of their latency.
+        const int columns = span.last > 2 * LANES ? TILE : span.last;
 
-        prefetch(tokens, span, batch_.kv_stride);
         Tiles::load_keys(keys, span.first, span.last, dim, own_.keys);
-        Tiles::score(own_.queries + begin * Tiles::query_size(dim), rows, dim, own_.keys,
-                     own_.scores);
-        Tiles::soften(own_.scores, rows, tile, first + begin, last + begin, batch_.scale,
-                      batch_.soft_cap, of_rows, own_.factor);
-        if (next) prefetch(next, seen(tile + TILE), 0);
+        Tiles::score(own_.queries + begin * Tiles::query_size(dim), rows, columns, dim, own_.keys,
+                     own_.scores, next_keys);
+        Tiles::soften(own_.scores, rows, span.last, tile, first + begin, last + begin,
+                      batch_.scale, batch_.soft_cap, of_rows, own_.factor);
         Tiles::weigh(own_.scores, rows, keys, batch_.kv_stride, span.first, span.last, dim,
-                     own_.factor, own_.values, of_rows.values);
+                     own_.factor, own_.values, of_rows.values, next_values);
+        next_values.fetch(0, span.first);
+        next_values.fetch(span.last, TILE);
     }
 
     void finish(const Partial& total) const {
-        const int64_t group = batch_.group();
+        const int64_t group = batch_.group;
         int64_t token = token_, head = group_head_;
         for (int r = 0; r < rows_; ++r) {
             auto* to = static_cast<Query*>(batch_.out) + token * batch_.out_stride +
@@ -308,16 +331,41 @@ class Worker {
     int64_t request_, item_, unit_, head_, block_;
     const Cache* pages_;
     const int32_t* table_;
+    const Worker* next_ = nullptr;
     int rows_ = 0;
-    int64_t token_ = 0, group_head_ = 0;  // of the first row
-    int first_ = 0, last_ = 0;            // what the rows see together
+    int32_t token_ = 0, group_head_ = 0, position_ = 0;  // of the first row
+    int first_ = 0, last_ = 0;  // what the rows see together
+    int begin_ = 0, end_ = 0;   // what this item does of it, from the border of a tile
 };
 
+// A thread claims a few neighbouring items at a time, and fetches the beginning of the next while it
+// finishes one: where contexts are short, most of the waiting is there. Behind the last it guesses
+// that the other threads claim as much as it did.
 template <class Tiles>
 void attend_all(const Batch& batch) {
+    constexpr int64_t CHUNKS_PER_THREAD = 16;
     auto* plans = reinterpret_cast<RequestPlan*>(batch.scratch);
     const int64_t items = plan_items(batch, plans);
-    parallel_for(items, [&](int64_t item) { Worker<Tiles>(batch, plans, item).run(); });
+    const int64_t threads = num_threads();
+    const int64_t run = std::max<int64_t>(1, items / (threads * CHUNKS_PER_THREAD));
+    parallel_for((items + run - 1) / run, [&](int64_t chunk) {
+        const int64_t begin = chunk * run, end = std::min(begin + run, items);
+        std::optional<Worker<Tiles>> workers[2];
+        auto *now = &workers[0], *next = &workers[1];
+        const RequestPlan* const plan =
+            std::upper_bound(plans, plans + batch.requests, begin,
+                             [](int64_t i, const RequestPlan& p) { return i < p.first_item; });
+        now->emplace(batch, plans, plan - 1, begin);
+        for (int64_t item = begin; item < end; ++item, std::swap(now, next)) {
+            const int64_t next_item = item + 1 < end ? item + 1 : begin + threads * run;
+            if (next_item < items) {
+                next->emplace(batch, plans, (*now)->plan(), next_item);
+            } else {
+                next->reset();
+            }
+            (*now)->run(next->has_value() ? &**next : nullptr, item > begin);
+        }
+    });
 }
 
 template <class Q, class KV>

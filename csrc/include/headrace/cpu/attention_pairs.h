@@ -6,46 +6,38 @@
 
 namespace headrace::cpu::avx512::tiles {
 
-// c[r] = the sum of a[r][k] * b[k] over the pairs of channels, in ascending order, for a tile.
-template <int ROWS>
-HEADRACE_TARGET_AVX512 inline void multiply_pairs(const float* a, int64_t pairs, const float* b,
-                                                  float* c) {
-    constexpr int VECTORS = TILE / LANES;
+// scores[r] = the sum of q[r] * keys over the pairs of channels, in ascending order.
+template <int ROWS, int VECTORS>
+HEADRACE_TARGET_AVX512 inline void score_pairs(const float* q, int pairs, const float* keys,
+                                               float* scores, const Ahead& ahead) {
     __m512 sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sum[r][v] = _mm512_setzero_ps();
     }
-    for (int64_t k = 0; k < pairs; ++k) {
-        __m512bh row[VECTORS];
+    for (int k = 0; k < pairs; ++k) {
+        ahead.fetch_share(k, pairs);
+        __m512bh key[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
-            row[v] = reinterpret_cast<__m512bh>(_mm512_loadu_ps(b + k * TILE + v * LANES));
+            key[v] = reinterpret_cast<__m512bh>(_mm512_loadu_ps(keys + k * TILE + v * LANES));
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const auto x = reinterpret_cast<__m512bh>(_mm512_set1_ps(a[r * pairs + k]));
+            const auto x = reinterpret_cast<__m512bh>(_mm512_set1_ps(q[r * pairs + k]));
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) {
-                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, row[v]);
+                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, key[v]);
             }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) _mm512_storeu_ps(c + r * TILE + v * LANES, sum[r][v]);
-    }
-}
-
-template <int ROWS>
-HEADRACE_TARGET_AVX512 inline void multiply_some_pairs(int rows, const float* a, int64_t pairs,
-                                                       const float* b, float* c) {
-    if (rows == ROWS) {
-        multiply_pairs<ROWS>(a, pairs, b, c);
-    } else if constexpr (ROWS > 1) {
-        multiply_some_pairs<ROWS - 1>(rows, a, pairs, b, c);
+        for (int v = 0; v < VECTORS; ++v) {
+            _mm512_storeu_ps(scores + r * TILE + v * LANES, sum[r][v]);
+        }
     }
 }
 
@@ -57,35 +49,13 @@ struct Tiles<bf16, bf16> : PlainTiles<bf16, bf16> {
         std::memcpy(to, from, static_cast<size_t>(dim) * sizeof(bf16));
     }
 
-    // Pairs of a key's channels become a column: [dim / 2, TILE].
-    static HEADRACE_TARGET_AVX512 void load_keys(const bf16* const* tokens, int first, int last,
-                                                 int64_t dim, float* keys) {
-        const int64_t pairs = dim / 2;
-        for (int j = first / LANES * LANES; j < last; j += LANES) {
-            for (int64_t d = 0; d < pairs; d += LANES) {
-                const int count = static_cast<int>(std::min<int64_t>(pairs - d, LANES));
-                const auto mask = static_cast<__mmask16>((1U << count) - 1);
-                Vec x[LANES];
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; ++i) {
-                    x[i] = {_mm512_maskz_loadu_ps(mask, tokens[j + i] + 2 * d)};
-                }
-                transpose(x);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; ++i) {
-                    if (i < count) x[i].store(keys + (d + i) * TILE + j);
-                }
-            }
-        }
-    }
-
-    static HEADRACE_TARGET_AVX512 void score(const float* queries, int rows, int64_t dim,
-                                             const float* keys, float* scores) {
-        const int64_t pairs = dim / 2;
-        for (int r = 0; r < rows; r += BLOCK_ROWS) {
-            multiply_some_pairs<BLOCK_ROWS>(std::min(rows - r, BLOCK_ROWS), queries + r * pairs,
-                                            pairs, keys, scores + r * TILE);
-        }
+    static void score(const float* queries, int rows, int columns, int64_t dim, const float* keys,
+                      float* scores, const Ahead& ahead) {
+        const auto pairs = static_cast<int>(dim / 2);
+        for_each_block(rows, columns, [&]<int ROWS, int VECTORS>(int r, int64_t n) {
+            score_pairs<ROWS, VECTORS>(queries + r * pairs, pairs, keys + n,
+                                       scores + r * TILE + n, ahead.once(r, n));
+        });
     }
 };
 

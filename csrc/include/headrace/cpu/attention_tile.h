@@ -3,6 +3,7 @@
 
 namespace headrace::cpu::HEADRACE_ISA::tiles {
 
+using attention::Ahead;
 using attention::LOWEST;
 using attention::Partial;
 using attention::TILE;
@@ -23,29 +24,28 @@ struct CacheRows {
     HEADRACE_INLINE const KV* row(int64_t k) const { return tokens[k] + offset; }
 };
 
-// c[r] = (factor ? c[r] * factor[r] : 0) + the sum over k in [first, last) of a[r][k] * b[k], in
-// ascending order, for VECTORS * LANES columns from column n. Rows of a and c are lda and ldc
-// apart.
+// c[r] = c[r] * factor[r] + the sum over k in [first, last) of a[r][k] * b[k], in ascending order,
+// for VECTORS * LANES columns. Rows of a and c are TILE and ldc apart.
 template <int ROWS, int VECTORS, class B>
-void multiply_block(const float* a, int64_t lda, const B& b, int64_t n, int64_t first, int64_t last,
-                    const float* factor, float* c, int64_t ldc) {
+void weigh_block(const float* a, const B& b, int64_t n, int first, int last, const float* factor,
+                 float* c, int64_t ldc, const Ahead& ahead) {
     Vec sum[ROWS][VECTORS];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) {
-            sum[r][v] = factor ? Vec::load(c + r * ldc + n + v * LANES) * Vec::set(factor[r])
-                               : Vec::set(0.0F);
+            sum[r][v] = Vec::load(c + r * ldc + n + v * LANES) * Vec::set(factor[r]);
         }
     }
-    for (int64_t k = first; k < last; ++k) {
+    for (int k = first; k < last; ++k) {
+        ahead.fetch(k, k + 1);
         const auto* from = b.row(k) + n;
         Vec row[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) row[v] = Vec::load(from + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const Vec x = Vec::set(a[r * lda + k]);
+            const Vec x = Vec::set(a[r * TILE + k]);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) sum[r][v] = Vec::fma(x, row[v], sum[r][v]);
         }
@@ -57,32 +57,69 @@ void multiply_block(const float* a, int64_t lda, const B& b, int64_t n, int64_t 
     }
 }
 
-template <int ROWS, int VECTORS, class B>
-void multiply_rows(int rows, const float* a, int64_t lda, const B& b, int64_t n, int64_t first,
-                   int64_t last, const float* factor, float* c, int64_t ldc) {
-    if (rows == ROWS) {
-        multiply_block<ROWS, VECTORS>(a, lda, b, n, first, last, factor, c, ldc);
-    } else if constexpr (ROWS > 1) {
-        multiply_rows<ROWS - 1, VECTORS>(rows, a, lda, b, n, first, last, factor, c, ldc);
+// scores[r] = the sum over the channels of q[r] * keys, in ascending order, for VECTORS * LANES
+// tokens. A word of `keys` [dim * sizeof(KV) / 4, TILE] holds the channels of a token that fit.
+template <int ROWS, int VECTORS, class KV>
+void score_block(const float* q, int64_t dim, const float* keys, float* scores,
+                 const Ahead& ahead) {
+    constexpr int CHANNELS = sizeof(float) / sizeof(KV);
+    const int words = static_cast<int>(dim / CHANNELS);
+    Vec sum[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) sum[r][v] = Vec::set(0.0F);
+    }
+    for (int k = 0; k < words; ++k) {
+        ahead.fetch_share(k, words);
+        Vec word[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) word[v] = Vec::load(keys + k * TILE + v * LANES);
+#pragma GCC unroll 4
+        for (int channel = 0; channel < CHANNELS; ++channel) {
+            Vec key[VECTORS];
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) key[v] = widen(KV{}, word[v], channel);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                const Vec x = Vec::set(q[r * dim + k * CHANNELS + channel]);
+#pragma GCC unroll 8
+                for (int v = 0; v < VECTORS; ++v) sum[r][v] = Vec::fma(x, key[v], sum[r][v]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) sum[r][v].store(scores + r * TILE + v * LANES);
     }
 }
 
-// multiply_block for any number of rows, and of vectors of columns.
-template <class B>
-void multiply(int rows, int64_t columns, const float* a, int64_t lda, const B& b, int64_t first,
-              int64_t last, const float* factor, float* c, int64_t ldc) {
+template <int ROWS, int VECTORS, class F>
+void with_rows(int rows, F&& f) {
+    if (rows == ROWS) {
+        f.template operator()<ROWS, VECTORS>();
+    } else if constexpr (ROWS > 1) {
+        with_rows<ROWS - 1, VECTORS>(rows, f);
+    }
+}
+
+// Calls f.operator()<ROWS, VECTORS>(row, column) for blocks that cover rows and columns.
+template <class F>
+void for_each_block(int rows, int64_t columns, F&& f) {
     for (int r = 0; r < rows; r += BLOCK_ROWS) {
         const int block = std::min(rows - r, BLOCK_ROWS);
-        const float* of_row = factor ? factor + r : nullptr;
-        const auto run = [&]<int VECTORS>(int64_t n) {
-            multiply_rows<BLOCK_ROWS, VECTORS>(block, a + r * lda, lda, b, n, first, last, of_row,
-                                               c + r * ldc, ldc);
-        };
         int64_t n = 0;
-        for (; n + BLOCK_VECTORS * LANES <= columns; n += BLOCK_VECTORS * LANES) {
-            run.template operator()<BLOCK_VECTORS>(n);
+        const auto run = [&]<int VECTORS>() {
+            with_rows<BLOCK_ROWS, VECTORS>(
+                block, [&]<int ROWS, int COUNT>() { f.template operator()<ROWS, COUNT>(r, n); });
+            n += VECTORS * LANES;
+        };
+        while (n + BLOCK_VECTORS * LANES <= columns) run.template operator()<BLOCK_VECTORS>();
+        if constexpr (BLOCK_VECTORS > 2) {
+            if (n + 2 * LANES <= columns) run.template operator()<2>();
         }
-        for (; n < columns; n += LANES) run.template operator()<1>(n);
+        while (n < columns) run.template operator()<1>();
     }
 }
 
@@ -113,14 +150,17 @@ HEADRACE_INLINE Vec soft_capped(Vec x, float cap) {
 }
 
 // Turns products [rows, TILE] into weights exp(score - maximum so far); row r sees the columns from
-// first[r] - start to last[r] - start. factor[r] is what earlier weights lose to the new maximum.
-inline void soften_rows(float* scores, int rows, int start, const int* first, const int* last,
-                        float scale, float soft_cap, const Partial& partial, float* factor) {
+// first[r] - start to last[r] - start, and none sees any from `columns` on, whose weights would be
+// zeros in a sum. factor[r] is what earlier weights lose to the new maximum.
+inline void soften_rows(float* scores, int rows, int columns, int start, const int* first,
+                        const int* last, float scale, float soft_cap, const Partial& partial,
+                        float* factor) {
     for (int r = 0; r < rows; ++r) {
         float* row = scores + r * TILE;
         Vec top = Vec::set(partial.max[r]);
 #pragma GCC unroll 4
         for (int v = 0; v < TILE; v += LANES) {
+            if (v >= columns) break;
             Vec x = Vec::load(row + v) * Vec::set(scale);
             if (soft_cap > 0) x = soft_capped(x, soft_cap);
             x = keep_lanes(x, first[r] - start - v, last[r] - start - v);
@@ -139,6 +179,8 @@ inline void soften_rows(float* scores, int rows, int start, const int* first, co
         Vec x[TILE / LANES];
 #pragma GCC unroll 4
         for (int v = 0; v < TILE / LANES; ++v) {
+            x[v] = Vec::set(0.0F);
+            if (v * LANES >= columns) continue;
             x[v] = exp_nonpositive(Vec::load(row + v * LANES) - Vec::set(partial.max[r]));
             x[v].store(row + v * LANES);
         }
@@ -178,23 +220,33 @@ struct PlainTiles {
         for (int64_t d = 0; d < dim; d += LANES) Vec::load(from + d).store(to + d);
     }
 
-    // Keys become columns: [dim, TILE]. `tokens` points to something for all tokens of the tile.
+    // Words of keys become columns: [dim * sizeof(KV) / 4, TILE]. `tokens` points to something for
+    // all tokens of the tile.
     static void load_keys(const KV* const* tokens, int first, int last, int64_t dim, float* keys) {
+        const int64_t words = dim * static_cast<int64_t>(sizeof(KV)) / 4;
         for (int j = first / LANES * LANES; j < last; j += LANES) {
-            for (int64_t d = 0; d < dim; d += LANES) {
+            for (int64_t d = 0; d < words; d += LANES) {
+                const int count = static_cast<int>(std::min<int64_t>(words - d, LANES));
                 Vec x[LANES];
 #pragma GCC unroll 16
-                for (int i = 0; i < LANES; ++i) x[i] = Vec::load(tokens[j + i] + d);
+                for (int i = 0; i < LANES; ++i) {
+                    x[i] = load_words(reinterpret_cast<const float*>(tokens[j + i]) + d, count);
+                }
                 transpose(x);
 #pragma GCC unroll 16
-                for (int i = 0; i < LANES; ++i) x[i].store(keys + (d + i) * TILE + j);
+                for (int i = 0; i < LANES; ++i) {
+                    if (i < count) x[i].store(keys + (d + i) * TILE + j);
+                }
             }
         }
     }
 
-    static void score(const float* queries, int rows, int64_t dim, const float* keys,
-                      float* scores) {
-        multiply(rows, TILE, queries, dim, Dense{keys, TILE}, 0, dim, nullptr, scores, TILE);
+    static void score(const float* queries, int rows, int columns, int64_t dim, const float* keys,
+                      float* scores, const Ahead& ahead) {
+        for_each_block(rows, columns, [&]<int ROWS, int VECTORS>(int r, int64_t n) {
+            score_block<ROWS, VECTORS, KV>(queries + r * dim, dim, keys + n,
+                                           scores + r * TILE + n, ahead.once(r, n));
+        });
     }
 
     // sums[r] = sums[r] * factor[r] + the values of the tokens [first, last), weighted; `offset`
@@ -202,23 +254,27 @@ struct PlainTiles {
     // registers, or into `values` [TILE, dim] if several blocks of rows read them.
     static void weigh(const float* weights, int rows, const KV* const* tokens, int64_t offset,
                       int first, int last, int64_t dim, const float* factor, float* values,
-                      float* sums) {
+                      float* sums, const Ahead& ahead) {
         const CacheRows<KV> cached{tokens, offset};
-        if (rows <= BLOCK_ROWS) {
-            multiply(rows, dim, weights, TILE, cached, first, last, factor, sums, dim);
-            return;
-        }
+        const auto multiply = [&](const auto& rows_of_values) {
+            for_each_block(rows, dim, [&]<int ROWS, int VECTORS>(int r, int64_t n) {
+                weigh_block<ROWS, VECTORS>(weights + r * TILE, rows_of_values, n, first, last,
+                                           factor + r, sums + r * dim, dim, ahead.once(r, n));
+            });
+        };
+        if (rows <= BLOCK_ROWS) return multiply(cached);
         for (int j = first; j < last; ++j) {
             for (int64_t d = 0; d < dim; d += LANES) {
                 Vec::load(cached.row(j) + d).store(values + j * dim + d);
             }
         }
-        multiply(rows, dim, weights, TILE, Dense{values, dim}, first, last, factor, sums, dim);
+        multiply(Dense{values, dim});
     }
 
     static void finish(const float* values, float sum, int64_t dim, Q* to) {
+        const Vec reciprocal = Vec::set(1.0F / sum);
         for (int64_t d = 0; d < dim; d += LANES) {
-            (Vec::load(values + d) / Vec::set(sum)).store(to + d);
+            (Vec::load(values + d) * reciprocal).store(to + d);
         }
     }
 };

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "headrace/cpu/isa.h"
+
 namespace headrace::cpu::attention {
 
 // The tokens of a tile; scores, running maximum and sums go from tile to tile.
@@ -38,13 +40,41 @@ struct Batch {
     void* out;  // [T, heads, dim]
     int64_t out_stride;
 
-    int64_t group() const { return heads / kv_heads; }
-    // Rows of a block, and of the largest one of a request.
-    int64_t block_rows() const { return std::min<int64_t>(MAX_ROWS, MAX_ROW_ELEMENTS / dim); }
+    // Worked out once, because a division takes as long as a row of a tile: heads / kv_heads, and
+    // the rows of a block.
+    int64_t group, block_rows;
+
+    static int64_t rows_that_fit(int64_t dim) {
+        return std::min<int64_t>(MAX_ROWS, MAX_ROW_ELEMENTS / dim);
+    }
+    // Of the largest block of a request.
     int64_t block_rows_of(int64_t request) const {
         const int64_t queries = query_start_loc[request + 1] - query_start_loc[request];
-        return std::min(block_rows(), queries * group());
+        return std::min(block_rows, queries * group);
     }
+};
+
+// Tokens that are needed next: they are fetched bit by bit, among the work on others, because few
+// lines can be on their way at a time.
+struct Ahead {
+    const void* const* tokens = nullptr;
+    int64_t offset = 0;  // bytes from a pointer to what is fetched, and how many
+    int64_t bytes = 0;
+    int first = 0, last = 0;
+
+    HEADRACE_INLINE void fetch(int begin, int end) const {
+        for (int j = std::max(begin, first); j < std::min(end, last); ++j) {
+            const char* const from = static_cast<const char*>(tokens[j]) + offset;
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+        }
+    }
+    // What step `step` of so many does.
+    HEADRACE_INLINE void fetch_share(int step, int steps) const {
+        const int share = (TILE + steps - 1) / steps;
+        fetch(step * share, (step + 1) * share);
+    }
+    // Of several blocks of rows and columns the first does it.
+    Ahead once(int64_t row, int64_t column) const { return row + column == 0 ? *this : Ahead{}; }
 };
 
 // Scores, maxima and weighted values of some rows over some tokens: values / sum is the result.

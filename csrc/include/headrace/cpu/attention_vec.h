@@ -1,5 +1,5 @@
 // What attention_tile.h needs beyond vec.h on each instruction set: the numbers of registers, a
-// transpose, a mask of lanes, the sum and the largest of the lanes.
+// transpose, a mask of lanes, the sum and the largest of the lanes, and channels of packed keys.
 #pragma once
 
 #include <cmath>
@@ -42,6 +42,25 @@ HEADRACE_INLINE float lane_sum(Vec x) {
         for (int i = 0; i < half; ++i) x.lane[i] += x.lane[i + half];
     }
     return x.lane[0];
+}
+
+// `count` <= 16 words of 4 bytes; the others may be anything.
+HEADRACE_INLINE Vec load_words(const float* from, int count) {
+    Vec result;
+    std::memcpy(result.lane, from, count * sizeof(float));
+    return result;
+}
+
+// A channel of those that share words.
+HEADRACE_INLINE Vec widen(float, const Vec& word, int) { return word; }
+HEADRACE_INLINE Vec widen(bf16, Vec word, int channel) {
+    for (float& lane : word.lane) {
+        uint32_t bits;
+        std::memcpy(&bits, &lane, sizeof bits);
+        bits = channel == 0 ? bits << 16 : bits & 0xffff0000;
+        std::memcpy(&lane, &bits, sizeof bits);
+    }
+    return word;
 }
 
 }  // namespace scalar::tiles
@@ -130,6 +149,25 @@ HEADRACE_AVX2 float lane_sum(Vec x) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
+HEADRACE_AVX2 Vec load_words(const float* from, int count) {
+    if (count == LANES) return Vec::load(from);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane);
+    const __m256i high = _mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8), lane);
+    return {_mm256_maskload_ps(from, low), _mm256_maskload_ps(from + 8, high)};
+}
+
+HEADRACE_AVX2 Vec widen(float, Vec word, int) { return word; }
+HEADRACE_AVX2 __m256 widen_8(__m256 word, int channel) {
+    const __m256i bits = _mm256_castps_si256(word);
+    return _mm256_castsi256_ps(channel == 0
+                                   ? _mm256_slli_epi32(bits, 16)
+                                   : _mm256_and_si256(bits, _mm256_set1_epi32(-65536)));
+}
+HEADRACE_AVX2 Vec widen(bf16, Vec word, int channel) {
+    return {widen_8(word.low, channel), widen_8(word.high, channel)};
+}
+
 }  // namespace avx2::tiles
 
 #undef HEADRACE_AVX2
@@ -182,6 +220,18 @@ HEADRACE_AVX512 Vec keep_lanes(Vec x, int first, int last) {
 HEADRACE_AVX512 float largest_lane(Vec x) { return _mm512_reduce_max_ps(x.value); }
 
 HEADRACE_AVX512 float lane_sum(Vec x) { return _mm512_reduce_add_ps(x.value); }
+
+HEADRACE_AVX512 Vec load_words(const float* from, int count) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << count) - 1), from)};
+}
+
+HEADRACE_AVX512 Vec widen(float, Vec word, int) { return word; }
+HEADRACE_AVX512 Vec widen(bf16, Vec word, int channel) {
+    const __m512i bits = _mm512_castps_si512(word.value);
+    return {_mm512_castsi512_ps(channel == 0
+                                    ? _mm512_slli_epi32(bits, 16)
+                                    : _mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
+}
 
 }  // namespace avx512::tiles
 
