@@ -65,8 +65,8 @@ Cache* key_of(const Rope<In, Cache>& r, int64_t token) {
     return r.cache + slot / r.page_size * r.block_stride + slot % r.page_size * r.token_stride;
 }
 
-// In a decode each token's slots lie in a block of their own, which no cache has held since the last
-// step: what the next tokens write is fetched while this one is computed.
+// In a decode each token's slots lie in a block of their own, which no cache has held since the
+// last step: what the next tokens write is fetched while this one is computed.
 template <class In, class Cache>
 void prefetch_slots(const Rope<In, Cache>& r, int64_t token) {
     const Cache* const key = key_of(r, token);

@@ -303,8 +303,8 @@ class Worker {
         Tiles::load_keys(keys, span.first, span.last, dim, own_.keys);
         Tiles::score(own_.queries + begin * Tiles::query_size(dim), rows, columns, dim, own_.keys,
                      own_.scores, next_keys);
-        Tiles::soften(own_.scores, rows, span.last, tile, first + begin, last + begin,
-                      batch_.scale, batch_.soft_cap, of_rows, own_.factor);
+        Tiles::soften(own_.scores, rows, span.last, tile, first + begin, last + begin, batch_.scale,
+                      batch_.soft_cap, of_rows, own_.factor);
         Tiles::weigh(own_.scores, rows, keys, batch_.kv_stride, span.first, span.last, dim,
                      own_.factor, own_.values, of_rows.values, next_values);
         next_values.fetch(0, span.first);
@@ -334,13 +334,13 @@ class Worker {
     const Worker* next_ = nullptr;
     int rows_ = 0;
     int32_t token_ = 0, group_head_ = 0, position_ = 0;  // of the first row
-    int first_ = 0, last_ = 0;  // what the rows see together
-    int begin_ = 0, end_ = 0;   // what this item does of it, from the border of a tile
+    int first_ = 0, last_ = 0;                           // what the rows see together
+    int begin_ = 0, end_ = 0;  // what this item does of it, from the border of a tile
 };
 
-// A thread claims a few neighbouring items at a time, and fetches the beginning of the next while it
-// finishes one: where contexts are short, most of the waiting is there. Behind the last it guesses
-// that the other threads claim as much as it did.
+// A thread claims a few neighbouring items at a time, and fetches the beginning of the next while
+// it finishes one: where contexts are short, most of the waiting is there. Behind the last it
+// guesses that the other threads claim as much as it did.
 template <class Tiles>
 void attend_all(const Batch& batch) {
     constexpr int64_t CHUNKS_PER_THREAD = 16;

@@ -53,8 +53,8 @@ struct Tiles<bf16, bf16> : PlainTiles<bf16, bf16> {
                       float* scores, const Ahead& ahead) {
         const auto pairs = static_cast<int>(dim / 2);
         for_each_block(rows, columns, [&]<int ROWS, int VECTORS>(int r, int64_t n) {
-            score_pairs<ROWS, VECTORS>(queries + r * pairs, pairs, keys + n,
-                                       scores + r * TILE + n, ahead.once(r, n));
+            score_pairs<ROWS, VECTORS>(queries + r * pairs, pairs, keys + n, scores + r * TILE + n,
+                                       ahead.once(r, n));
         });
     }
 };

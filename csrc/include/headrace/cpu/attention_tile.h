@@ -244,8 +244,8 @@ struct PlainTiles {
     static void score(const float* queries, int rows, int columns, int64_t dim, const float* keys,
                       float* scores, const Ahead& ahead) {
         for_each_block(rows, columns, [&]<int ROWS, int VECTORS>(int r, int64_t n) {
-            score_block<ROWS, VECTORS, KV>(queries + r * dim, dim, keys + n,
-                                           scores + r * TILE + n, ahead.once(r, n));
+            score_block<ROWS, VECTORS, KV>(queries + r * dim, dim, keys + n, scores + r * TILE + n,
+                                           ahead.once(r, n));
         });
     }
 

@@ -160,9 +160,8 @@ HEADRACE_AVX2 Vec load_words(const float* from, int count) {
 HEADRACE_AVX2 Vec widen(float, Vec word, int) { return word; }
 HEADRACE_AVX2 __m256 widen_8(__m256 word, int channel) {
     const __m256i bits = _mm256_castps_si256(word);
-    return _mm256_castsi256_ps(channel == 0
-                                   ? _mm256_slli_epi32(bits, 16)
-                                   : _mm256_and_si256(bits, _mm256_set1_epi32(-65536)));
+    return _mm256_castsi256_ps(channel == 0 ? _mm256_slli_epi32(bits, 16)
+                                            : _mm256_and_si256(bits, _mm256_set1_epi32(-65536)));
 }
 HEADRACE_AVX2 Vec widen(bf16, Vec word, int channel) {
     return {widen_8(word.low, channel), widen_8(word.high, channel)};
@@ -228,9 +227,8 @@ HEADRACE_AVX512 Vec load_words(const float* from, int count) {
 HEADRACE_AVX512 Vec widen(float, Vec word, int) { return word; }
 HEADRACE_AVX512 Vec widen(bf16, Vec word, int channel) {
     const __m512i bits = _mm512_castps_si512(word.value);
-    return {_mm512_castsi512_ps(channel == 0
-                                    ? _mm512_slli_epi32(bits, 16)
-                                    : _mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
+    return {_mm512_castsi512_ps(channel == 0 ? _mm512_slli_epi32(bits, 16)
+                                             : _mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
 }
 
 }  // namespace avx512::tiles
