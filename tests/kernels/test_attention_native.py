@@ -49,11 +49,6 @@ def run(q: Tensor, cache: Tensor, batch: RaggedBatch, window: int | None = None)
     return out
 
 
-def set_partial_bytes(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(cpu_attention, "PARTIAL_BYTES", size)
-    cpu_attention._of_thread.__dict__.clear()
-
-
 @pytest.mark.parametrize("window", [None, 333])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_splits_and_threads_change_no_bit(
@@ -74,11 +69,10 @@ def test_splits_and_threads_change_no_bit(
         for threads in (2, 3, 16):
             native.set_num_threads(threads)
             for partial_bytes in (0, 20_000, 16 << 20):
-                set_partial_bytes(monkeypatch, partial_bytes)
+                monkeypatch.setattr(cpu_attention, "PARTIAL_BYTES", partial_bytes)
                 assert torch.equal(run(q, cache, batch, window), whole)
     finally:
         native.set_num_threads(before)
-        cpu_attention._of_thread.__dict__.clear()
 
 
 @pytest.mark.parametrize("window", [None, 300])

@@ -13,7 +13,7 @@ _of_thread = threading.local()
 
 
 def scratch(op: str, nbytes: int) -> Tensor:
-    """At least `nbytes` of uint8 for this op on this thread, the same at every call.
+    """uint8 [nbytes] for this op on this thread, the same at every call.
 
     Memory that becomes too small is kept, since recorded steps may point to it; sizes double, so
     that is less than is in use.
@@ -23,4 +23,4 @@ def scratch(op: str, nbytes: int) -> Tensor:
     if not sizes or len(sizes[-1]) < nbytes:
         capacity = max(SMALLEST_BYTES, 1 << (nbytes - 1).bit_length())
         sizes.append(torch.empty(capacity, dtype=torch.uint8))
-    return sizes[-1]
+    return sizes[-1][:nbytes]
