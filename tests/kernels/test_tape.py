@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -117,3 +119,14 @@ def test_a_tape_keeps_its_memory() -> None:
     assert len(tape._memory) == 5
     tape.replay()
     assert tape._memory[2].isfinite().all()
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    code = (
+        "import sys, torch; from headrace_kernels import native; native.unavailable();"
+        "from headrace_kernels.cpu import norm; from headrace_kernels.cpu.tape import record;"
+        "x = torch.ones(2, 16); y = torch.empty(2, 16);"
+        "record(lambda: norm.rms_norm(x.view(2, 16), x[0], 1e-5, y));"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

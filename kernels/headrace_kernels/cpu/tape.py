@@ -65,7 +65,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.other_ops: set[str] = set()
         self.memory: list[Tensor] = []
 
-    def __torch_dispatch__(
+    def see(
         self,
         func: Any,
         types: Sequence[type],
@@ -77,3 +77,7 @@ class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not func.is_view:
             self.other_ops.add(str(func))
         return func(*args, **(kwargs or {}))
+
+
+# Not in the class: torch would wrap it in a function that imports its compiler, for a second.
+_Watcher.__torch_dispatch__ = _Watcher.see  # type: ignore[method-assign, assignment]
