@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 from bench.peers.contenders import Contender, Headrace, LlamaCppBench
 from bench.peers.llama_cpp import LlamaCpp
 from bench.peers.processes import PeerError, kill, progress, sigterm_as_interrupt, start
-from bench.peers.record import markdown
+from bench.peers.record import command, markdown
 from bench.peers.workload import Workload
 
 from headrace.engine.hardware import probe
@@ -71,8 +70,8 @@ class Case:
 @contextlib.contextmanager
 def busy_core(core: int, scratch: Path) -> Iterator[None]:
     """A process that spins on `core` for as long as the context lasts."""
-    command = [sys.executable, "-c", SPIN, str(core)]
-    process = start(command, scratch / "spin.log", stdout=subprocess.DEVNULL)
+    spin = [sys.executable, "-c", SPIN, str(core)]
+    process = start(spin, scratch / "spin.log", stdout=subprocess.DEVNULL)
     try:
         yield
         if process.poll() is not None:
@@ -126,7 +125,7 @@ def run(args: argparse.Namespace, model: Path, scratch: Path) -> dict[str, Any]:
     for name, reason in missing.items():
         print(f"{name}: {reason}")
     return {
-        "command": shlex.join(["python", "-m", "bench.stolen_core", *sys.argv[1:]]),
+        "command": command("bench.stolen_core", sys.argv[1:]),
         "model": model.name,
         "cpu": probe("cpu").name,
         "threads": args.threads,

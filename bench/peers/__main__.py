@@ -16,7 +16,6 @@ import contextlib
 import datetime
 import json
 import platform
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -105,7 +104,10 @@ def _tell(comparison: Comparison, args: argparse.Namespace) -> None:
     content = as_json(comparison, args, sys.argv[1:])
     args.save.write_text(json.dumps(content, indent=2) + "\n")
     if not args.no_plot and any(measures.values for measures in comparison.measures):
-        caption = f"{content['hardware']['cpu']}, {args.threads} threads; {content['command']}"
+        caption = (
+            f"{content['hardware']['cpu']}, {args.threads} threads, {content['date']}; "
+            f"medians of {args.rounds} rounds"
+        )
         record.plot(comparison.measures, args.save.with_suffix(".png"), caption)
 
 
@@ -147,7 +149,7 @@ def as_json(
     """All that the run found, with what it takes to repeat it."""
     hardware = probe("cpu")
     return {
-        "command": shlex.join(["python", "-m", "bench.peers", *arguments]),
+        "command": record.command("bench.peers", arguments),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": {
             "cpu": hardware.name,

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from bench.peers.contenders import ROOT, headrace_version
 from bench.peers.llama_cpp import LlamaCpp, parse_kl_divergence
 from bench.peers.logits_file import LogitsFile
 from bench.peers.processes import PeerError, progress, sigterm_as_interrupt
-from bench.peers.record import markdown
+from bench.peers.record import command, markdown
 
 from headrace.config import DeviceOptions, EngineConfig, ModelOptions
 from headrace.engine.build import build_engine
@@ -202,12 +201,12 @@ def run(args: argparse.Namespace, model: Path, scratch: Path) -> dict[str, Any]:
         absent["llama.cpp"] = str(error)
     ours = {path.name: path.summary() for path in compare_headrace(args, model, text, base)}
     return {
-        "command": shlex.join(["python", "-m", "bench.peers.accuracy", *sys.argv[1:]]),
+        "command": command("bench.peers.accuracy", sys.argv[1:]),
         "model": model.name,
         "cpu": probe("cpu").name,
         "versions": {"headrace": headrace_version(), "llama.cpp": version},
         "text": {
-            "files": [str(path) for path in args.text] or list(DEFAULT_TEXT),
+            "files": [path.name for path in args.text] or list(DEFAULT_TEXT),
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
             "characters": len(text),
         },

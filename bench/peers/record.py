@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,7 +83,7 @@ class Measures:
                     "contenders": {
                         name: {
                             "median": self.median(row, name),
-                            "headrace_is_faster_by": self.ratio(row, name),
+                            **({} if name == OURS else {"ratio": self.ratio(row, name)}),
                             "rounds": {str(number): value for number, value in found.items()},
                         }
                         for name, found in by_contender.items()
@@ -90,6 +92,12 @@ class Measures:
                 for row, by_contender in self.values.items()
             ],
         }
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+    """The command line, without where things lie on this machine."""
+    told = [re.sub(r"(^|=)/.*", r"\1PATH", argument) for argument in arguments]
+    return shlex.join(["python", "-m", module, *told])
 
 
 def lower_is_better(row: str) -> bool:
@@ -132,8 +140,8 @@ def plot(models: Sequence[Measures], path: Path, caption: str) -> None:
     figure, panels = pyplot.subplots(len(models), figsize=(11, 4.2 * len(models)), squeeze=False)
     for panel, measures in zip(panels[:, 0], models, strict=True):
         _draw(panel, measures)
-    figure.suptitle(caption, fontsize=9, y=0.005, va="bottom")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.text(0.5, 0.005, caption, fontsize=9, ha="center", va="bottom")
+    figure.tight_layout(rect=(0, 0.025, 1, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -161,6 +169,7 @@ def _draw(panel: Any, measures: Measures) -> None:
             ys, [x - 0.42 for x in xs], [x + 0.42 for x in xs], "black", label="limit", lw=1
         )
     panel.set_yscale("log")
+    panel.set_ylim(bottom=1)
     panel.set_ylabel("tokens per second")
     panel.set_xticks(range(len(rows)), rows)
     panel.set_title(measures.model)

@@ -351,11 +351,12 @@ def test_json_holds_every_round_and_why_someone_is_missing(
     comparison.absent["vllm"] = "no --vllm-python"
     comparison.ceilings = {comparison_module.READ_GB: [20.0, 30.0, 25.0]}
     comparison.round(0)
-    args = command_line.parse(["--rounds", "1", "--seed", "3"])
-    content: Any = json.loads(
-        json.dumps(command_line.as_json(comparison, args, ["--rounds", "1", "--seed", "3"]))
+    options = ["--rounds", "1", "--seed", "3", "--llama-cpp", "/where/it/is", "--work-dir=/tmp"]
+    args = command_line.parse(options)
+    content: Any = json.loads(json.dumps(command_line.as_json(comparison, args, options)))
+    assert content["command"] == (
+        "python -m bench.peers --rounds 1 --seed 3 --llama-cpp PATH --work-dir=PATH"
     )
-    assert content["command"] == "python -m bench.peers --rounds 1 --seed 3"
     assert content["absent"] == {"vllm": "no --vllm-python"}
     assert (content["seed"], content["versions"]) == (3, {"headrace": "1"})
     assert content["hardware"]["cpu"]
