@@ -15,14 +15,13 @@ from bench.peers.http_load import Load, Server
 from bench.peers.llama_cpp import LlamaCpp
 from bench.peers.processes import PeerError, progress
 from bench.peers.record import Measures
-from bench.peers.workload import ModelSize, Workload
+from bench.peers.workload import INT8_TERA_OPS, READ_GB, ModelSize, Workload
 
 INPUT_TOKENS, PREFILL_TOKENS = 32, 512
 BATCHES = (1, 8, 16, 32)
 MAX_FAILURES = 2  # of one contender in one kind of measurement; then it is asked no more
 Part = TypeVar("Part")
 Found = TypeVar("Found")
-READ_GB, VNNI_TERA_OPS = "memory read GB/s", "VNNI TOPS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,12 +198,12 @@ class Comparison:
     def set_limits(self) -> None:
         """The limit of every row of the engines, from the ceilings of this run."""
         ceilings = self.median_ceilings()
-        if not {READ_GB, VNNI_TERA_OPS} <= ceilings.keys():
+        if not {READ_GB, INT8_TERA_OPS} <= ceilings.keys():
             return
         for measures, model in zip(self.measures, self.models, strict=True):
             size = ModelSize.of(model)
             measures.limits = {
-                workload.name: size.limit(workload, ceilings[READ_GB], ceilings[VNNI_TERA_OPS])
+                workload.name: size.limit(workload, ceilings[READ_GB], ceilings[INT8_TERA_OPS])
                 for workload in self.settings.workloads()
             }
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.peers import worker
+from bench.peers.workload import INT8_TERA_OPS, READ_GB
 
 from headrace.config import DeviceOptions, EngineConfig
 from headrace.engine.build import build_engine
 from headrace.engine.engine import Engine
 from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace_kernels import bench
 
 WARM_STEPS = 2
 SPARE_TOKENS = 64  # requests that start first have as many more steps than the last one
@@ -64,9 +66,18 @@ def _drain(engine: Engine, requests: int) -> None:
         engine.step()
 
 
-def ceilings(threads: int) -> dict[str, float]:
-    """GB/s of memory reads and 10^12 VNNI operations per second, both on `threads` threads."""
-    return {}
+def ceilings() -> dict[str, float]:
+    """What the engine's threads can do at most, measured now; nothing where the kernels' own
+    benchmarks cannot tell."""
+    measure = getattr(bench, "measure_ceilings", None)
+    if measure is None:
+        return {}
+    found = measure()
+    return {
+        READ_GB: found.memory / 1e9,
+        INT8_TERA_OPS: found.operations["int8"] / 1e12,
+        "bf16 TFLOPS": found.operations["bf16"] / 1e12,
+    }
 
 
 def load() -> tuple[Mapping[str, Any], Callable[[Any], Mapping[str, Any]]]:
@@ -79,7 +90,7 @@ def load() -> tuple[Mapping[str, Any], Callable[[Any], Mapping[str, Any]]]:
 
     def answer(question: Any) -> Mapping[str, Any]:
         if question.get("ceilings"):
-            return ceilings(args.threads)
+            return ceilings()
         warm, timed, output_len = question["warm"], question["prompts"], question["output_len"]
         if output_len:
             return {"rate": decode_rate(engine, timed, output_len)}

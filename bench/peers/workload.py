@@ -10,6 +10,7 @@ import numpy as np
 from headrace.bench.workload import RandomWorkload
 from headrace.loading.gguf import GGUFFile
 
+READ_GB, INT8_TERA_OPS = "memory read GB/s", "int8 TOPS"  # the ceilings that limits are made of
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 

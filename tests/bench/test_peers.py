@@ -35,7 +35,7 @@ from bench.peers.logits_file import LogitsFile
 from bench.peers.processes import PeerError, Worker
 from bench.peers.processes import run as run_process
 from bench.peers.record import Measures
-from bench.peers.workload import ModelSize, Workload
+from bench.peers.workload import READ_GB, ModelSize, Workload
 
 # llama.cpp b11434, as it printed them.
 BENCH = """[
@@ -349,7 +349,7 @@ def test_json_holds_every_round_and_why_someone_is_missing(
         tmp_path, monkeypatch, Scripted("headrace", [8.0, 20.0, 30.0, 40.0])
     )
     comparison.absent["vllm"] = "no --vllm-python"
-    comparison.ceilings = {comparison_module.READ_GB: [20.0, 30.0, 25.0]}
+    comparison.ceilings = {READ_GB: [20.0, 30.0, 25.0]}
     comparison.round(0)
     options = ["--rounds", "1", "--seed", "3", "--llama-cpp", "/where/it/is", "--work-dir=/tmp"]
     args = command_line.parse(options)
@@ -360,7 +360,7 @@ def test_json_holds_every_round_and_why_someone_is_missing(
     assert content["absent"] == {"vllm": "no --vllm-python"}
     assert (content["seed"], content["versions"]) == (3, {"headrace": "1"})
     assert content["hardware"]["cpu"]
-    assert content["ceilings"][comparison_module.READ_GB]["median"] == 25.0
+    assert content["ceilings"][READ_GB]["median"] == 25.0
     row = content["models"][0]["rows"][0]
     assert row["name"] == "prefill 8"
     assert row["contenders"]["headrace"]["rounds"] == {"0": 8.0}
