@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu.fallback import log_once
+from headrace_kernels.cpu.scratch import scratch
 from headrace_kernels.dispatch import KernelFacts
 from headrace_kernels.reference import sampling as reference
 
@@ -37,7 +38,7 @@ def sample_tokens(
     """See ops/sampling.py."""
     columns = (temperature, top_k, top_p, min_p, seeds, positions)
     try:
-        _sample_tokens(logits, *columns, _scratch(logits), out)
+        _sample_tokens(logits, *columns, _memory(logits), out)
     except RuntimeError as refusal:
         log_once("sample_tokens", str(refusal))
         reference.sample_tokens(
@@ -57,13 +58,13 @@ def token_logprobs(
 ) -> None:
     """See ops/sampling.py."""
     try:
-        _token_logprobs(logits, token_ids, _scratch(logits), logprobs, top_ids, top_logprobs)
+        _token_logprobs(logits, token_ids, _memory(logits), logprobs, top_ids, top_logprobs)
     except RuntimeError as refusal:
         log_once("token_logprobs", str(refusal))
         reference.token_logprobs(logits, token_ids, logprobs, top_ids, top_logprobs)
 
 
-def _scratch(logits: Tensor) -> Tensor:
+def _memory(logits: Tensor) -> Tensor:
     rows, vocab_size = logits.shape
-    nbytes = ROW_BYTES - vocab_size // -CHUNK * CHUNK_BYTES
-    return torch.empty(rows * nbytes, dtype=torch.uint8)
+    chunks = -(-vocab_size // CHUNK)
+    return scratch("sampling", rows * (ROW_BYTES + chunks * CHUNK_BYTES))

@@ -80,6 +80,7 @@ struct Candidates {
     std::vector<float> masses;
     std::vector<int32_t> tokens;
     std::vector<int32_t> left;  // in a selection
+    std::vector<float> packed;  // values of what is left
     std::vector<float> groups;
     int64_t count = 0;
 
@@ -90,6 +91,7 @@ struct Candidates {
         masses.resize(room);
         tokens.resize(room);
         left.resize(room);
+        packed.resize(room);
     }
 };
 
@@ -113,6 +115,41 @@ inline float kth_bound(const Chunk* chunks, int64_t num_chunks, int64_t k,
     return *kth;
 }
 
+struct Left {
+    int64_t count;
+    double before;  // the weight of all that is more likely
+};
+
+// Those in `left` are around the value at which the masses reach `limit`, by bisection of the values:
+// vectors of them are faster than a radix pass. The candidates weigh at least `limit`.
+inline Left narrow(Candidates& all, double limit) {
+    constexpr int64_t FEW = 256;
+    constexpr int MAX_ROUNDS = 24;  // equal values cannot be parted
+    Left left = {all.count, 0};
+    // Beyond this a candidate has no mass, but is left in as long as nothing shows that it is not
+    // the last.
+    float low = 0, high = -mass::LEAST, end = INFINITY;
+    int64_t below_low = 0, below_end = all.count;
+    for (int round = 0; round < MAX_ROUNDS && below_end - below_low > FEW; ++round) {
+        const float middle = low + (high - low) / 2;
+        double mass = 0;
+        int64_t number = 0;
+        HEADRACE_DISPATCH(weight_below, all.values.data(), all.masses.data(), all.count, middle,
+                          mass, number);
+        if (mass < limit) {
+            low = middle;
+            below_low = number;
+            left.before = mass;
+        } else {
+            high = end = middle;
+            below_end = number;
+        }
+    }
+    HEADRACE_DISPATCH(find_between, all.values.data(), all.count, low, end, all.packed.data(),
+                      all.left.data(), left.count);
+    return left;
+}
+
 // The index of the last candidate, from the most likely one and the lower token of equals on, before
 // which the others weigh less than `limit` together; the first always is one. Weights are masses, or
 // 1 each. A radix selection, eight bits of the value's pattern at a time: what is left is in the
@@ -120,9 +157,13 @@ inline float kth_bound(const Chunk* chunks, int64_t num_chunks, int64_t k,
 template <bool BY_MASS>
 int64_t last_within(Candidates& all, double limit) {
     constexpr int DIGITS = 256;
-    double before = 0;  // the weight of all that is more likely than what is left
-    int64_t count = all.count;
-    std::iota(all.left.begin(), all.left.begin() + count, 0);
+    Left left = {all.count, 0};
+    if constexpr (BY_MASS) {
+        left = narrow(all, limit);
+    } else {
+        std::iota(all.left.begin(), all.left.begin() + all.count, 0);
+    }
+    auto [count, before] = left;
     for (int shift = 24; shift >= 0; shift -= 8) {
         const auto digit_of = [&](int32_t i) {
             return std::bit_cast<uint32_t>(all.values[i]) >> shift & (DIGITS - 1);

@@ -2,13 +2,17 @@
 
 namespace headrace::cpu::HEADRACE_ISA {
 
-// The first `count` of 16 logits; what is missing is minus infinity.
-HEADRACE_INLINE Vec load_logits(const float* from, int64_t count) {
+// The first `count` of 16 values; the rest is `missing`.
+HEADRACE_INLINE Vec load_or(const float* from, int64_t count, float missing) {
     if (count >= LANES) return Vec::load(from);
     float padded[LANES];
-    for (float& value : padded) value = -INFINITY;
+    for (float& value : padded) value = missing;
     if (count > 0) std::memcpy(padded, from, count * sizeof(float));
     return Vec::load(padded);
+}
+
+HEADRACE_INLINE Vec load_logits(const float* from, int64_t count) {
+    return load_or(from, count, -INFINITY);
 }
 
 // Four maxima hide the latency of the comparison. Sets bits of `nan` if there is any.
@@ -113,18 +117,16 @@ inline void exponentials_of_chunk(const sampling::Row& row, int64_t begin, int64
 // The tokens of the row whose logit is `bound` or more, in ascending order, with their logits; there
 // is room for 16 more than the row has. Sets `count`.
 inline void gather(const sampling::Row& row, float bound, float* logits, int32_t* tokens, int64_t& count) {
-    count = 0;
+    int64_t found = 0;
     for (int64_t i = 0; i < row.size; i += LANES) {
         const Vec values = load_logits(row.logits + i, row.size - i);
         uint32_t mask = lanes::at_least(values, Vec::set(bound));
         // The missing ones reach a bound of minus infinity.
         if (row.size - i < LANES) mask &= (1U << (row.size - i)) - 1;
-        for (; mask != 0; mask &= mask - 1) {
-            const int64_t token = i + std::countr_zero(mask);
-            logits[count] = row.logits[token];
-            tokens[count++] = static_cast<int32_t>(token);
-        }
+        if (mask == 0) continue;
+        found += lanes::pack(values, mask, static_cast<int32_t>(i), logits + found, tokens + found);
     }
+    count = found;
 }
 
 // From logits to minus scaled logits, in place, and their masses; both have room for whole vectors.
@@ -134,6 +136,37 @@ inline void weigh(const sampling::Row& row, float* logits, float* masses_out, in
         masses(scaled).store(masses_out + i);
         (Vec::set(0.0F) - scaled).store(logits + i);
     }
+}
+
+// The mass of the candidates whose value is below `bound`, and how many they are.
+inline void weight_below(const float* values, const float* weights, int64_t count, float bound,
+                         double& mass, int64_t& number) {
+    lanes::IntegerSum sum;
+    int64_t below = 0;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vec value = load_or(values + i, count - i, INFINITY);
+        const Vec weight = load_first(weights + i, count - i);
+        below += LANES - std::popcount(lanes::at_least(value, Vec::set(bound)));
+        sum.add(lanes::where_less(value, Vec::set(bound), weight));
+    }
+    mass = sum.total();
+    number = below;
+}
+
+// The indices of the candidates whose value is in [low, high), in order; `values_out` and `indices`
+// have room for 16 more than there are candidates.
+inline void find_between(const float* values, int64_t count, float low, float high,
+                         float* values_out, int32_t* indices, int64_t& number) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vec value = load_logits(values + i, count - i);
+        const uint32_t mask =
+            lanes::at_least(value, Vec::set(low)) & ~lanes::at_least(value, Vec::set(high));
+        if (mask == 0) continue;
+        found += lanes::pack(value, mask, static_cast<int32_t>(i), values_out + found,
+                             indices + found);
+    }
+    number = found;
 }
 
 // The survivor of [begin, end) with the largest scaled logit + noise, if it beats `drawn`.

@@ -2,6 +2,7 @@
 // of integers, and the words of 16 Philox counters.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "headrace/cpu/sampling_types.h"
@@ -42,6 +43,23 @@ HEADRACE_INLINE Vec complements(const uint32_t* words) {
     Vec result;
     for (int i = 0; i < LANES; ++i) result.lane[i] = static_cast<float>(~words[i] >> 8);
     return result;
+}
+
+// Writes the lanes of the mask side by side, and first + lane of each; returns their number. There
+// is room for all lanes.
+HEADRACE_INLINE int64_t pack(const Vec& x, uint32_t mask, int32_t first, float* to, int32_t* ids) {
+    int64_t count = 0;
+    for (; mask != 0; mask &= mask - 1) {
+        const int lane = std::countr_zero(mask);
+        to[count] = x.lane[lane];
+        ids[count++] = first + lane;
+    }
+    return count;
+}
+// x where a < b, and 0.
+HEADRACE_INLINE Vec where_less(const Vec& a, const Vec& b, Vec x) {
+    for (int i = 0; i < LANES; ++i) x.lane[i] = a.lane[i] < b.lane[i] ? x.lane[i] : 0.0F;
+    return x;
 }
 
 // Of integers below 2^53 in total: no order changes it.
@@ -93,6 +111,22 @@ HEADRACE_AVX2 __m256 complements_of_8(const uint32_t* words) {
 }
 HEADRACE_AVX2 Vec complements(const uint32_t* words) {
     return {complements_of_8(words), complements_of_8(words + 8)};
+}
+
+HEADRACE_AVX2 int64_t pack(Vec x, uint32_t mask, int32_t first, float* to, int32_t* ids) {
+    float lane[LANES];
+    x.store(lane);
+    int64_t count = 0;
+    for (; mask != 0; mask &= mask - 1) {
+        const int i = std::countr_zero(mask);
+        to[count] = lane[i];
+        ids[count++] = first + i;
+    }
+    return count;
+}
+HEADRACE_AVX2 Vec where_less(Vec a, Vec b, Vec x) {
+    return {_mm256_and_ps(_mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ), x.low),
+            _mm256_and_ps(_mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ), x.high)};
 }
 
 struct IntegerSum {
@@ -183,6 +217,20 @@ HEADRACE_AVX512 Vec complements(const uint32_t* words) {
     const __m512i word = _mm512_loadu_si512(words);
     return {_mm512_cvtepi32_ps(
         _mm512_srli_epi32(_mm512_xor_si512(word, _mm512_set1_epi32(-1)), 8))};
+}
+
+HEADRACE_AVX512 int64_t pack(Vec x, uint32_t mask, int32_t first, float* to, int32_t* ids) {
+    const auto chosen = static_cast<__mmask16>(mask);
+    const __m512i id = _mm512_add_epi32(
+        _mm512_set1_epi32(first),
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    // To a register first: stores of chosen lanes are slow on some CPUs.
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(chosen, x.value));
+    _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(chosen, id));
+    return std::popcount(mask);
+}
+HEADRACE_AVX512 Vec where_less(Vec a, Vec b, Vec x) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.value, b.value, _CMP_LT_OQ), x.value)};
 }
 
 struct IntegerSum {
