@@ -194,3 +194,14 @@ def test_real_weights(smollm2_path: Path, smollm2_by_gguf: gguf.GGUFReader) -> N
             values = interleave(values, heads)
         expected = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
         assert np.array_equal(values, expected.reshape(values.shape)), name
+
+
+def test_a_scale_that_is_not_finite_is_refused_by_name(
+    write_gguf: WriteGGUF, rng: np.random.Generator
+) -> None:
+    values = rng.standard_normal((4, 64), dtype=np.float32)
+    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_0)
+    raw[2, 0:2] = np.array(np.inf, dtype=np.float16).tobytes()[0], 0x7C
+    path = write_gguf({"output.weight": (raw, gguf.GGMLQuantizationType.Q4_0)})
+    with pytest.raises(CheckpointError, match="tensor 'output.weight' has values that are not fin"):
+        read(weights_of(path)["lm_head.weight"], torch.bfloat16)

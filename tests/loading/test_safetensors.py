@@ -194,3 +194,31 @@ def test_flipped_bytes_are_an_error_or_a_valid_file(
         assert "model.safetensors" in error.message
     else:
         assert sum(len(tensor.raw) for tensor in file.tensors) == file.size - file.data_start
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_values_that_are_not_finite_are_refused_by_name(
+    tmp_path: Path, stored: torch.dtype, wanted: torch.dtype, bad: float
+) -> None:
+    good, broken = torch.randn(40, 33), torch.randn(40, 33)
+    broken[39, 32] = bad
+    save_file({"a": good.to(stored), "b": broken.to(stored)}, tmp_path / "model.safetensors")
+    (file,) = open_safetensors(tmp_path)
+    first, second = file.tensors
+    fused = torch.empty(80, 33, dtype=wanted)
+    first.read_into(fused[:40])
+    with pytest.raises(CheckpointError, match="tensor 'b' has values that are not finite.*again"):
+        second.read_into(fused[40:])
+
+
+def test_large_values_are_read_and_what_overflows_names_the_remedy(tmp_path: Path) -> None:
+    large = torch.full((64, 64), 3e38)  # their sum is infinite
+    save_file({"w": large}, tmp_path / "model.safetensors")
+    [tensor] = open_safetensors(tmp_path)[0].tensors
+    out = torch.empty(64, 64)
+    tensor.read_into(out)
+    assert torch.equal(out, large)
+    with pytest.raises(CheckpointError, match=r"'w' has the value 3e\+38, .*--dtype float32"):
+        tensor.read_into(out.half())

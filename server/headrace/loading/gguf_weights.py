@@ -81,7 +81,8 @@ class GGUFTensor:
         from headrace.loading.dequantize import dequantize
         from headrace.loading.streaming import check_shape, stream_into
 
-        check_shape(out, self.shape, f"{self._file.path}: tensor {self._info.name!r}")
+        what = f"{self._file.path}: tensor {self._info.name!r}"
+        check_shape(out, self.shape, what)
         if self.interleaved_heads is not None:
             half = self.shape[0] // (2 * self.interleaved_heads)
             out = out.view(self.interleaved_heads, 2, half, *self.shape[1:]).transpose(1, 2)
@@ -92,6 +93,7 @@ class GGUFTensor:
             block_size=stored.block_size,
             block_bytes=stored.block_bytes,
             decode=lambda blocks: dequantize(blocks, stored.name),
+            what=what,
         )
 
 

@@ -75,6 +75,7 @@ class SafetensorsTensor:
             block_size=1,
             block_bytes=_ITEM_BYTES[self.dtype],
             decode=lambda values: values.view(dtype),
+            what=what,
         )
 
 

@@ -6,6 +6,7 @@ Shared by the formats; knows neither names nor files.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
@@ -24,8 +25,11 @@ def stream_into(
     block_size: int,
     block_bytes: int,
     decode: Callable[[torch.Tensor], torch.Tensor],
+    what: str,
 ) -> None:
     """Decode `raw` piece by piece into `out`, whose elements it holds in row-major order.
+
+    Raises CheckpointError, which begins with `what`, for a value that is not finite.
 
     out: any float dtype, strides and device; converted by `copy_`.
     raw: `out.numel() / block_size * block_bytes` bytes, at any alignment.
@@ -49,7 +53,24 @@ def stream_into(
         # A fresh bytearray: torch needs a writable, aligned buffer, the mapped file is neither.
         piece = bytearray(raw[start * row_bytes : (start + step) * row_bytes])
         blocks = torch.frombuffer(piece, dtype=torch.uint8).view(-1, block_bytes)
-        target.copy_(decode(blocks).view(target.shape))
+        values = decode(blocks).view(target.shape)
+        target.copy_(values)
+        # NaN and infinity stay in a sum, which takes a thirtieth of isfinite's time. It may also
+        # overflow: only then are the values looked at.
+        if not target.sum().isfinite() and not target.isfinite().all():
+            _refuse_values(values, out.dtype, what)
+
+
+def _refuse_values(values: torch.Tensor, dtype: torch.dtype, what: str) -> NoReturn:
+    if values.isfinite().all():
+        raise CheckpointError(
+            f"{what} has the value {values.abs().max().item():.4g}, too large for {dtype}. "
+            "Use --dtype float32 or bfloat16."
+        )
+    raise CheckpointError(
+        f"{what} has values that are not finite (NaN or infinity): the file is corrupt, or its "
+        "training diverged. Download it again, or use another checkpoint."
+    )
 
 
 def check_shape(out: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
