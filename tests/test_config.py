@@ -12,15 +12,13 @@ from headrace.config import (
     CacheOptions,
     DeviceOptions,
     EngineConfig,
-    Hardware,
-    ModelFacts,
     ModelOptions,
     SchedulerOptions,
     load_options,
     option_specs,
     parse_size,
-    resolve,
 )
+from headrace.engine.resolution import Hardware, ModelFacts, resolve
 from headrace.errors import ConfigError
 
 CPU = Hardware(device="cpu", name="a CPU", cores=2, memory_bytes=16 * GIB, has_bf16=True)
@@ -153,3 +151,36 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read():
     tight = dataclasses.replace(CPU, memory_bytes=100 * MIB)
     with pytest.raises(ConfigError, match="Free memory, choose a smaller model"):
         resolve(EngineConfig(), tight, SMALL)
+
+
+NATIVE = dataclasses.replace(CPU, has_native=True, cpu_isa="avx2")
+
+
+def test_the_instruction_set_is_the_best_or_the_one_asked_for():
+    resolved = resolve(EngineConfig(), NATIVE, SMALL)
+    assert (resolved.cpu_isa, resolved.why["cpu_isa"]) == ("avx2", "the best that this CPU has")
+    asked = EngineConfig(device=DeviceOptions(cpu_isa="scalar"))
+    resolved = resolve(asked, NATIVE, SMALL)
+    assert (resolved.cpu_isa, resolved.dtype) == ("scalar", "float32")
+    assert resolve(EngineConfig(), CPU, SMALL).cpu_isa == "none"
+    assert resolve(EngineConfig(), GPU, SMALL).cpu_isa == "none"
+
+
+@pytest.mark.parametrize(
+    ("isa", "hardware", "message"),
+    [
+        ("avx512", NATIVE, "--cpu-isa avx512: this CPU .a CPU. lacks .* best level is avx2"),
+        ("avx2", CPU, "--cpu-isa avx2: no native kernels for a CPU run here.* build them"),
+        ("scalar", GPU, "--cpu-isa scalar: no native kernels for a CPU run here, on cuda:0"),
+    ],
+)
+def test_an_instruction_set_that_is_not_here_is_refused(isa, hardware, message):
+    config = EngineConfig(device=DeviceOptions(cpu_isa=isa))
+    with pytest.raises(ConfigError, match=message):
+        resolve(config, hardware, SMALL)
+
+
+def test_more_threads_than_cores_are_pointed_out():
+    resolved = resolve(EngineConfig(device=DeviceOptions(threads=3)), CPU, SMALL)
+    assert resolved.threads == 3
+    assert resolved.why["threads"] == "given; this process may use only 2 cores"

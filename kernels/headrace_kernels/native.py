@@ -51,8 +51,8 @@ def cpu_isa() -> CpuIsa | None:
     return torch.ops.headrace.cpu_isa() if unavailable() is None else None
 
 
-def set_cpu_isa(isa: CpuIsa) -> None:
-    """For tests. Raises RuntimeError for one that this CPU lacks."""
+def set_cpu_isa(isa: str) -> None:
+    """Use the CPU kernels of this CpuIsa. Raises RuntimeError for one that this CPU lacks."""
     torch.ops.headrace.set_cpu_isa(isa)
 
 

@@ -277,7 +277,7 @@ def _print_ready(console: Console, service: Service, url: str) -> None:
     rows = [
         ("Model", f"{', '.join(names)} ({service.path.name})"),
         ("Weights", f"{_size(info.weight_bytes)}, read in {info.load_seconds:.1f} s"),
-        ("Device", f"{info.device}"),
+        ("Device", _device(info.device, info.threads, info.cpu_isa)),
         ("Kernels", kernels),
         (
             "KV cache",
@@ -296,6 +296,11 @@ def _print_ready(console: Console, service: Service, url: str) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _device(device: str, threads: int, cpu_isa: str) -> str:
+    isa = "" if cpu_isa == "none" else f", {cpu_isa} kernels"
+    return f"{device}, {threads} thread{'s' if threads > 1 else ''}{isa}"
 
 
 def _size(count: int) -> str:
@@ -343,6 +348,7 @@ def _plan(args: argparse.Namespace) -> int:
     for name in (
         "dtype",
         "threads",
+        "cpu_isa",
         "block_size",
         "max_model_len",
         "max_num_seqs",
@@ -373,17 +379,29 @@ def _kernels(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from headrace.engine.build import explicit_kernels, kernel_facts
-    from headrace.engine.plan import make_plan
+    from headrace.engine.plan import dequantized_tensors, make_plan
     from headrace_kernels import dispatch
 
     config, _, _ = _options(args)
     plan = make_plan(_with_local_model(config))
+    resolved = plan.resolved
+    device = _device(resolved.device, resolved.threads, resolved.cpu_isa)
+    _stdout().print(f"{plan.hardware.name}: {device}\n")
     facts = kernel_facts(plan.resolved, plan.model)
     table = Table("op", "kernel", "chosen", "reason", box=None, pad_edge=False)
     for decision in dispatch.explain(facts, explicit_kernels(plan.resolved.kernel)):
         chosen = "yes" if decision.chosen else ""
         table.add_row(decision.stem, decision.candidate, chosen, decision.reason)
     _stdout().print(table)
+    if dequantized := dequantized_tensors(plan):
+        table = Table("tensors", "stored as", "parameters", "dequantized because", box=None)
+        table.pad_edge = False
+        for row in dequantized:
+            names = (
+                row.names[0] if len(row.names) == 1 else f"{len(row.names)}: {row.names[0]}, ..."
+            )
+            table.add_row(names, row.stored, f"{row.parameters:,}", row.reason)
+        _stdout().print("", table)
     return 0
 
 

@@ -128,7 +128,7 @@ def test_opcheck(op: str) -> None:
 def test_instruction_sets(isa: str) -> None:
     assert native.cpu_isa() == isa
     with pytest.raises(RuntimeError, match="no instruction set sse9; it is scalar, avx2 or avx512"):
-        native.set_cpu_isa("sse9")  # type: ignore[arg-type]
+        native.set_cpu_isa("sse9")
 
 
 @pytest.mark.skipif(native.cpu_isa() != "avx512", reason="this CPU has no avx512")

@@ -12,7 +12,7 @@ import torch
 from headrace.errors import CheckpointError
 from headrace.quantization import gguf_blocks
 from headrace.quantization.gguf_blocks import GGUFBlocks
-from headrace.quantization.gguf_formats import PACKED_FORMATS, packed_format
+from headrace.quantization.gguf_formats import PACKED_FORMATS, packed_format, why_not_packed
 from headrace_kernels.packed_weight import unpack
 
 ROWS, COLUMNS = 72, 512
@@ -99,3 +99,18 @@ def test_a_scale_that_is_not_finite_is_refused(bad: float, rng: np.random.Genera
     tensor.bytes[40, 2:4] = np.array([bad], np.float16).view(np.uint8)
     with pytest.raises(CheckpointError, match=r"model\.w has a scale that is not finite"):
         packed(tensor)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "shape", "reason"),
+    [
+        ("Q4_1", (64, 64), None),
+        ("Q6_K", (64, 256), "no packed format for Q6_K"),
+        ("Q4_0", (64, 48), "its 48 inputs are not a multiple of 32"),
+        ("Q8_0", (64,), "not a matrix"),
+    ],
+)
+def test_why_a_tensor_is_not_packed(
+    quantization: str, shape: tuple[int, ...], reason: str | None
+) -> None:
+    assert why_not_packed(quantization, shape) == reason

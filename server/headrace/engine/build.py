@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from headrace.config import EngineConfig, ResolvedConfig
+from headrace.config import EngineConfig
 from headrace.engine.block_pool import BlockPool
 from headrace.engine.client import ModelInfo
 from headrace.engine.engine import Engine
@@ -18,6 +18,7 @@ from headrace.engine.kv_cache import KVCacheManager
 from headrace.engine.model_runner import ModelRunner
 from headrace.engine.plan import Plan, make_plan
 from headrace.engine.request import RunningRequests
+from headrace.engine.resolution import Hardware, ResolvedConfig
 from headrace.engine.scheduler import Scheduler
 from headrace.errors import ConfigError
 from headrace.layers.matrix import Matrix
@@ -46,8 +47,7 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     start = time.monotonic()
     plan = make_plan(config)
     resolved = plan.resolved
-    torch.set_num_threads(resolved.threads)
-    native.set_num_threads(resolved.threads)
+    _set_up_cpu(resolved, plan.hardware)
     kernels = _choose_kernels(resolved, plan.model)
     model = _load_model(plan, kernels, progress)
     if _leaves_little_to_torch(model, kernels):
@@ -95,8 +95,24 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         kv_cache_bytes=resolved.kv_cache_bytes,
         load_seconds=time.monotonic() - start,
         kernels=dict(kernels.names),
+        threads=resolved.threads,
+        cpu_isa=resolved.cpu_isa,
     )
     return Engine(scheduler, runner, info)
+
+
+def _set_up_cpu(resolved: ResolvedConfig, hardware: Hardware) -> None:
+    if resolved.threads > hardware.cores:
+        logger.warning(
+            "--threads %d: this process may use only %d cores, so its threads wait for each other. "
+            "Leave the option out, or raise the affinity or the CPU quota.",
+            resolved.threads,
+            hardware.cores,
+        )
+    torch.set_num_threads(resolved.threads)
+    native.set_num_threads(resolved.threads)
+    if resolved.cpu_isa != "none" and native.unavailable() is None:
+        native.set_cpu_isa(resolved.cpu_isa)
 
 
 def _leaves_little_to_torch(model: CausalLM, kernels: KernelSet) -> bool:

@@ -91,6 +91,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     load_seconds: float
     kernels: dict[str, str]
     """stem -> the candidate that was chosen for it."""
+    threads: int = 1
+    cpu_isa: str = "none"
+    """Instruction set of the CPU kernels; "none" where they do not run."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

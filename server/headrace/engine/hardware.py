@@ -8,11 +8,17 @@ from pathlib import Path
 
 import psutil
 
-from headrace.config import Hardware
+from headrace.engine.resolution import Hardware
 from headrace.errors import ConfigError
 
 CGROUP = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
+ISA_FLAGS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
+"""What csrc/cpu/isa.cpp asks of a CPU before it runs that level; best first."""
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 
 
@@ -27,32 +33,43 @@ def probe(device: str = "auto") -> Hardware:
             return gpu
     if device not in ("auto", "cpu"):
         raise ConfigError(f"--device {device}: no such device here. Use cpu, cuda or cuda:N.")
+    flags = _cpu_flags()
     return Hardware(
         device="cpu",
         name=_cpu_name(),
         cores=usable_cores(),
         memory_bytes=_available_memory(),
-        has_bf16=bool(BF16_FLAGS & _cpu_flags()),
+        has_bf16=bool(BF16_FLAGS & flags),
         has_native=importlib.util.find_spec("headrace_kernels._C") is not None,
+        cpu_isa=next((isa for isa, needed in ISA_FLAGS.items() if needed <= flags), "scalar"),
     )
 
 
 def usable_cores() -> int:
-    """Cores within affinity and the cgroup's CPU quota, at least 1."""
+    """Cores within affinity and the CPU quotas of the cgroups, at least 1."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = affinity or 1
-    quota = _read(CGROUP / "cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit():
-        cores = min(cores, -(-int(quota[0]) // int(quota[1])))
+    for folder in _cgroups():
+        quota = _read(folder / "cpu.max").split()
+        if len(quota) == 2 and quota[0].isdigit():
+            cores = min(cores, -(-int(quota[0]) // int(quota[1])))
     return max(cores, 1)
 
 
 def _available_memory() -> int:
     available = int(psutil.virtual_memory().available)
-    limit, used = _read(CGROUP / "memory.max"), _read(CGROUP / "memory.current")
-    if limit.isdigit() and used.isdigit():
-        available = min(available, int(limit) - int(used))
+    for folder in _cgroups():
+        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+        if limit.isdigit() and used.isdigit():
+            available = min(available, int(limit) - int(used))
     return max(available, 0)
+
+
+def _cgroups() -> list[Path]:
+    """The cgroup (version 2) of this process and those around it: each may set limits."""
+    own = next((line for line in _read(OWN_CGROUP).splitlines() if line.startswith("0::/")), "0::/")
+    path = CGROUP / own.removeprefix("0::/")
+    return [path, *(parent for parent in path.parents if parent.is_relative_to(CGROUP))]
 
 
 def _probe_gpu(device: str) -> Hardware | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.config import EngineConfig, Hardware, ModelFacts, ResolvedConfig, resolve
+from headrace.config import EngineConfig
 from headrace.engine.hardware import probe
+from headrace.engine.resolution import Hardware, ModelFacts, ResolvedConfig, resolve
 from headrace.loading.checkpoint import Checkpoint, open_checkpoint
 from headrace.loading.gguf_weights import GGUFTensor
 from headrace.models.config import ModelConfig
-from headrace.quantization.gguf_formats import packed_format
+from headrace.quantization.gguf_formats import DENSE_TYPES, packed_format, why_not_packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +67,34 @@ def _packed_sizes(checkpoint: Checkpoint) -> tuple[int, int]:
             parameters += rows * columns
             nbytes += fmt.nbytes(rows, columns)
     return parameters, nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class DequantizedTensors:
+    """Quantized matrices of one stored type that become dense when they are loaded, and why."""
+
+    stored: str
+    reason: str
+    names: tuple[str, ...]
+    parameters: int
+
+
+def dequantized_tensors(plan: Plan) -> list[DequantizedTensors]:
+    """Those of the plan's checkpoint; of tensors that are fused, one may keep others dense."""
+    kept_dense = None if plan.resolved.packs_weights else plan.resolved.why["packs_weights"]
+    found: dict[tuple[str, str], list[GGUFTensor]] = {}
+    for tensor in plan.checkpoint.weights():
+        if not isinstance(tensor, GGUFTensor) or tensor.quantization in DENSE_TYPES:
+            continue
+        reason = kept_dense or why_not_packed(tensor.quantization, tensor.shape)
+        if reason is not None:
+            found.setdefault((tensor.quantization, reason), []).append(tensor)
+    return [
+        DequantizedTensors(
+            stored,
+            reason,
+            tuple(tensor.name for tensor in tensors),
+            sum(math.prod(tensor.shape) for tensor in tensors),
+        )
+        for (stored, reason), tensors in found.items()
+    ]

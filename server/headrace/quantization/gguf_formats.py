@@ -15,8 +15,23 @@ PACKED_FORMATS = {
 """The others have a scale for every 16 values, or none."""
 
 
+DENSE_TYPES = frozenset(("F64", "F32", "F16", "BF16"))
+"""Stored types that have nothing to pack."""
+
+
 def packed_format(quantization: str, shape: tuple[int, ...]) -> PackedFormat | None:
     """The format that holds a matrix of this stored type without rounding its integers."""
     if len(shape) != 2 or shape[1] % GROUP:
         return None
     return PACKED_FORMATS.get(quantization)
+
+
+def why_not_packed(quantization: str, shape: tuple[int, ...]) -> str | None:
+    """Why a tensor of this stored type has no packed form; None if it has one."""
+    if packed_format(quantization, shape) is not None:
+        return None
+    if quantization not in PACKED_FORMATS:
+        return f"no packed format for {quantization}"
+    if len(shape) != 2:
+        return "not a matrix"
+    return f"its {shape[1]} inputs are not a multiple of {GROUP}"

@@ -1,0 +1,267 @@
+"""From options, model and machine to concrete values, each with its reason. Pure, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.config import GIB, MIB, EngineConfig
+from headrace.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What `resolve` may know of the machine."""
+
+    device: str
+    """cpu or cuda:N"""
+    name: str
+    cores: int
+    """That this process may use (affinity and cgroup limits)."""
+    memory_bytes: int
+    """Free on the device now (host memory for a CPU), within cgroup limits."""
+    has_bf16: bool
+    """bf16 dot products in hardware."""
+    has_native: bool = False
+    """The C++ kernels for it are built."""
+    cpu_isa: str = "scalar"
+    """The best level of those kernels that the CPU has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What `resolve` may know of the model, without its weights."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    max_position_embeddings: int
+    kv_elements_per_token: int
+    """2 * layers * K * D"""
+    checkpoint_dtype: str
+    """float32, bfloat16, float16, or a quantization name."""
+    vocab_size: int
+    packed_parameters: int = 0
+    """Of num_parameters, those that quantized kernels take as they are stored."""
+    packed_bytes: int = 0
+    """What those take then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A value and where it came from."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """Concrete values for one model on one machine; `why` explains each."""
+
+    device: str
+    threads: int
+    cpu_isa: str
+    """Of the C++ kernels; "none" where they do not run."""
+    dtype: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    packs_weights: bool
+    """Quantized weights are kept as integers, not dequantized."""
+    weight_bytes: int
+    kv_cache_bytes: int
+    kv_bytes_per_token: int
+    enable_prefix_caching: bool
+    prefix_cache_key: str
+    kernel: tuple[str, ...]
+    why: Mapping[str, str]
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def full_context_concurrency(self) -> float:
+        """Requests of max_model_len tokens that the KV cache holds at once."""
+        return self.kv_capacity_tokens / self.max_model_len
+
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_KV_SHARE, GPU_KV_SHARE = 0.25, 0.90
+CPU_KV_LIMIT = 4 * GIB
+CPU_ISAS = ("scalar", "avx2", "avx512")
+"""Levels of the CPU kernels, each of which includes those before it."""
+
+
+def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> ResolvedConfig:
+    """Choose every open value. Pure. Raises ConfigError, with a remedy, if the model cannot run."""
+    on_cpu, default = hardware.device == "cpu", f"default on {hardware.device}"
+    pick = _Picker()
+    threads = pick("threads", config.device.threads, hardware.cores, "cores this process may use")
+    pick.why["threads"] += _too_many_threads(threads, hardware.cores)
+    cpu_isa, pick.why["cpu_isa"] = _resolve_cpu_isa(config.device.cpu_isa, hardware)
+    block_size = pick("block_size", config.cache.block_size, 16 if on_cpu else 64, default)
+    seqs = config.scheduler.max_num_seqs
+    max_num_seqs = pick("max_num_seqs", seqs, 64 if on_cpu else 256, default)
+    budget = pick(
+        "max_num_batched_tokens",
+        config.scheduler.max_num_batched_tokens,
+        max(256 if on_cpu else 8192, max_num_seqs),
+        default,
+    )
+    if budget < max_num_seqs:
+        raise _budget_too_small(budget, max_num_seqs)
+    dtype, pick.why["dtype"] = _resolve_dtype(config, hardware, model)
+    packs, weight_bytes = _weights(pick, config, dtype, hardware, model)
+    kv_bytes_per_token = model.kv_elements_per_token * DTYPE_BYTES[dtype]
+    limit = model.max_position_embeddings
+    max_model_len = pick(
+        "max_model_len", config.model_options.max_model_len, limit, "the model's own limit"
+    )
+    if not 1 < max_model_len <= limit:
+        raise ConfigError(
+            f"max_model_len must be in [2, {limit}] for {model.name}, got {max_model_len}."
+        )
+    useful = max_num_seqs * max_model_len * kv_bytes_per_token
+    kv_bytes = pick(
+        "kv_cache_bytes",
+        config.cache.kv_cache_memory_bytes,
+        *_automatic_kv_bytes(hardware.memory_bytes - weight_bytes, useful, on_cpu=on_cpu),
+    )
+    num_blocks = kv_bytes // (kv_bytes_per_token * block_size)
+    pick.why["num_blocks"] = "kv_cache_bytes / bytes of a block"
+    if num_blocks * block_size < max_model_len:
+        if config.model_options.max_model_len is not None or num_blocks < 2:
+            raise _too_small(kv_bytes, num_blocks * block_size, max_model_len, kv_bytes_per_token)
+        max_model_len = num_blocks * block_size
+        pick.why["max_model_len"] = "what the KV cache holds"
+    return ResolvedConfig(
+        device=hardware.device,
+        threads=threads,
+        cpu_isa=cpu_isa,
+        dtype=dtype,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        packs_weights=packs,
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=num_blocks * block_size * kv_bytes_per_token,
+        kv_bytes_per_token=kv_bytes_per_token,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        prefix_cache_key=config.cache.prefix_cache_key,
+        kernel=config.device.kernel,
+        why=pick.why,
+    )
+
+
+class _Picker:
+    """Takes what was given, or else the default, and remembers why."""
+
+    def __init__(self) -> None:
+        self.why: dict[str, str] = {}
+
+    def __call__(self, name: str, given: int | None, default: int, reason: str) -> int:
+        self.why[name] = reason if given is None else "given"
+        value = default if given is None else given
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+        return value
+
+
+def _weights(
+    pick: _Picker, config: EngineConfig, dtype: str, hardware: Hardware, model: ModelFacts
+) -> tuple[bool, int]:
+    """Whether quantized weights are kept as they are, and the bytes of all weights."""
+    pick.why["packs_weights"] = why_not = _why_weights_are_not_packed(config, hardware, model)
+    packs = not why_not
+    weight_bytes = model.num_parameters * DTYPE_BYTES[dtype]
+    pick.why["weight_bytes"] = f"parameters in {dtype}"
+    if packs:
+        weight_bytes += model.packed_bytes - model.packed_parameters * DTYPE_BYTES[dtype]
+        pick.why["weight_bytes"] = f"quantized weights as they are, other parameters in {dtype}"
+    if weight_bytes < hardware.memory_bytes:
+        return packs, weight_bytes
+    raise ConfigError(
+        f"The weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {dtype}, and "
+        f"{hardware.memory_bytes / GIB:.1f} GiB are free on {hardware.device}. "
+        "Free memory, choose a smaller model, or a smaller --dtype."
+    )
+
+
+def _why_weights_are_not_packed(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> str:
+    """Empty if they are."""
+    if model.packed_parameters == 0:
+        return "the checkpoint has none in a packed format"
+    if config.model_options.dtype != "auto":
+        return "--dtype asks for dense weights"
+    if hardware.device != "cpu" or not hardware.has_native:
+        return f"no kernels for packed weights run on {hardware.device}"
+    return ""
+
+
+def _automatic_kv_bytes(free: int, useful: int, *, on_cpu: bool) -> tuple[int, str]:
+    share, limit = (CPU_KV_SHARE, CPU_KV_LIMIT) if on_cpu else (GPU_KV_SHARE, useful)
+    reason = f"{share:.0%} of free memory, at most what max_num_seqs full requests need"
+    if on_cpu:
+        reason += f" and {CPU_KV_LIMIT // GIB} GiB"
+    return max(1, min(int(free * share), useful, limit)), reason
+
+
+def _too_many_threads(threads: int, cores: int) -> str:
+    return f"; this process may use only {cores} cores" if threads > cores else ""
+
+
+def _budget_too_small(budget: int, max_num_seqs: int) -> ConfigError:
+    return ConfigError(
+        f"max_num_batched_tokens ({budget}) must be at least max_num_seqs ({max_num_seqs}): "
+        "every running request needs one token a step. Raise it or lower max_num_seqs."
+    )
+
+
+def _too_small(kv_bytes: int, capacity: int, max_model_len: int, per_token: int) -> ConfigError:
+    needed = -(-max_model_len * per_token // MIB)
+    return ConfigError(
+        f"The KV cache of {kv_bytes / MIB:.0f} MiB holds {capacity} tokens, fewer than "
+        f"max_model_len ({max_model_len}). Give --kv-cache-memory-bytes {needed}MiB or a smaller "
+        "--max-model-len."
+    )
+
+
+def _resolve_cpu_isa(chosen: str, hardware: Hardware) -> tuple[str, str]:
+    runs = hardware.device == "cpu" and hardware.has_native
+    if chosen == "auto":
+        if runs:
+            return hardware.cpu_isa, "the best that this CPU has"
+        return "none", f"no native kernels for a CPU run on {hardware.device}"
+    if not runs:
+        raise ConfigError(
+            f"--cpu-isa {chosen}: no native kernels for a CPU run here, on {hardware.device}. "
+            "Leave it out, or build them and use --device cpu."
+        )
+    if CPU_ISAS.index(chosen) > CPU_ISAS.index(hardware.cpu_isa):
+        raise ConfigError(
+            f"--cpu-isa {chosen}: this CPU ({hardware.name}) lacks some of its instructions. "
+            f"Its best level is {hardware.cpu_isa}."
+        )
+    return chosen, "given"
+
+
+def _resolve_dtype(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> tuple[str, str]:
+    chosen = config.model_options.dtype
+    if chosen != "auto":
+        return chosen, "given"
+    if hardware.device == "cpu":
+        if config.device.cpu_isa in ("avx2", "scalar"):
+            return "float32", f"{config.device.cpu_isa} has no bf16 dot products"
+        if hardware.has_bf16:
+            return "bfloat16", "the CPU has bf16 dot products"
+        return "float32", "the CPU has no bf16 dot products"
+    if model.checkpoint_dtype in ("bfloat16", "float16"):
+        return model.checkpoint_dtype, "the checkpoint's own"
+    return "bfloat16", f"default for a {model.checkpoint_dtype} checkpoint on a GPU"
