@@ -95,17 +95,22 @@ def test_quantized_weights_are_kept_where_kernels_take_them():
     model = dataclasses.replace(SMALL, packed_parameters=packed, packed_bytes=packed // 2)
     native = dataclasses.replace(CPU, has_native=True)
     resolved = resolve(EngineConfig(), native, model)
-    assert resolved.packs_weights
+    assert resolved.weights == "packed"
     assert resolved.weight_bytes == 2 * (SMALL.num_parameters - packed) + packed // 2
     assert resolved.why["weight_bytes"].startswith("quantized weights as they are")
-    exact = EngineConfig(model_options=ModelOptions(dtype="float32"))
+    exact = EngineConfig(model_options=ModelOptions(weights="exact"))
+    facts = dataclasses.replace(model, exact_bytes=packed)
+    resolved = resolve(exact, native, facts)
+    assert resolved.weights == "exact"
+    assert resolved.weight_bytes == 2 * (SMALL.num_parameters - packed) + packed
+    dequantized = EngineConfig(model_options=ModelOptions(dtype="float32", weights="exact"))
     for config, hardware, facts in (
-        (exact, native, model),
+        (dequantized, native, model),
         (EngineConfig(), CPU, model),
         (EngineConfig(), native, SMALL),
         (EngineConfig(), dataclasses.replace(GPU, has_native=True), model),
     ):
-        assert not resolve(config, hardware, facts).packs_weights
+        assert resolve(config, hardware, facts).weights == "dense"
 
 
 def test_without_bf16_hardware_a_cpu_computes_in_fp32():

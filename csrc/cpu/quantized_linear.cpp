@@ -16,6 +16,8 @@
 #include "headrace/cpu/pool.h"
 #include "headrace/cpu/quantized_linear_avx2.h"
 #include "headrace/cpu/quantized_linear_avx512.h"
+#include "headrace/cpu/quantized_linear_exact.h"
+#include "headrace/cpu/quantized_linear_exact_avx512.h"
 #include "headrace/cpu/quantized_linear_scalar.h"
 #include "headrace/cpu/tape.h"
 
@@ -30,8 +32,8 @@ using torch::stable::Tensor;
 constexpr int64_t BLOCKS_PER_CHUNK = 4;
 // Fewer activations than this are quantized sooner than a second thread helps.
 constexpr int64_t VALUES_WORTH_A_THREAD = 32768;
-// Groups of two column blocks that are unpacked at a time: 25 KB, which stay in the nearest cache.
-constexpr int64_t GROUPS_UNPACKED = 18;
+// Of two column blocks, unpacked at a time: they stay in the nearest cache.
+constexpr int64_t BYTES_UNPACKED = 26 << 10;
 // Tiles that share what is unpacked; bounds their totals.
 constexpr int64_t TILES_TOGETHER = 44;
 
@@ -40,7 +42,8 @@ struct Product {
     bool x_is_bf16;
     int64_t x_stride;
     const uint8_t* weights;
-    int64_t block_bytes;
+    int64_t format;
+    bool exact;
     uint8_t* scratch;
     Output out;
     int64_t rows, groups, blocks;
@@ -63,7 +66,7 @@ void quantize(const Product& p) {
     const auto quantize_tile = [&](int64_t tile) {
         const int64_t begin = tiles.begin(tile), at = begin * p.x_stride;
         const int rows = static_cast<int>(tiles.size_of(tile));
-        uint8_t* to = p.scratch + begin * p.groups * row_bytes(PARTS);
+        uint8_t* to = p.scratch + begin * p.groups * Isa::row_bytes(PARTS);
         if (p.x_is_bf16) {
             const auto* x = static_cast<const uint16_t*>(p.x) + at;
             Isa::template quantize_tile<uint16_t, PARTS>(x, p.x_stride, p.groups, to, rows);
@@ -89,7 +92,7 @@ void multiply(const Product& p, std::index_sequence<R...>) {
         float totals[Isa::MAX_ROWS * COLUMNS];
         for (int64_t tile = 0; tile < tiles.count; ++tile) {
             const int64_t begin = tiles.begin(tile), rows = tiles.size_of(tile);
-            uint8_t* x = p.scratch + begin * p.groups * row_bytes(F::PARTS);
+            uint8_t* x = p.scratch + begin * p.groups * Isa::row_bytes(F::PARTS);
             for (int64_t block = chunks.begin(chunk); block < chunks.begin(chunk + 1); ++block) {
                 const uint8_t* weights = p.weights + block * p.groups * F::BYTES;
                 PRODUCTS[rows - 1](weights, x, p.groups, totals);
@@ -105,8 +108,10 @@ template <class Isa, class F, size_t... R>
 void multiply_pair(const Product& p, int64_t block, int64_t first, int64_t last,
                    std::index_sequence<R...>) {
     static constexpr std::array PRODUCTS = {
-        &Isa::template product_of_two<F, static_cast<int>(R + 1)>...};
-    UnpackedGroup<F::PARTS> unpacked[GROUPS_UNPACKED * 2];
+        &Isa::template product_of_two<F::MINIMUM, F::PARTS, static_cast<int>(R + 1)>...};
+    using Unpacked = typename Isa::template Unpacked<F::PARTS>;
+    constexpr int64_t GROUPS_UNPACKED = BYTES_UNPACKED / (2 * sizeof(Unpacked));
+    Unpacked unpacked[GROUPS_UNPACKED * 2];
     alignas(64) float totals[TILES_TOGETHER * Isa::MAX_ROWS * 2 * COLUMNS];
     const Split tiles(p.rows, Isa::MAX_ROWS), parts(p.groups, GROUPS_UNPACKED);
     const int64_t row = tiles.begin(first), rows = tiles.begin(last) - row;
@@ -127,7 +132,7 @@ void multiply_pair(const Product& p, int64_t block, int64_t first, int64_t last,
             const int64_t done = (tile - first) * lines_a_tile;
             const Ahead ahead{next + done * groups * 64, stride, done < lines ? lines_a_tile : 0};
             const uint8_t* x =
-                p.scratch + (begin * p.groups + group * height) * row_bytes(F::PARTS);
+                p.scratch + (begin * p.groups + group * height) * Isa::row_bytes(F::PARTS);
             float* to = totals + (begin - row) * 2 * COLUMNS;
             PRODUCTS[height - 1](unpacked, x, groups, ahead, to);
         }
@@ -138,11 +143,11 @@ void multiply_pair(const Product& p, int64_t block, int64_t first, int64_t last,
 }
 
 template <class Isa, class F>
-void run_as(const Product& p) {
+void run_with(const Product& p) {
     constexpr std::make_index_sequence<Isa::MAX_ROWS> ROWS;
     quantize<Isa, F::PARTS>(p);
     if constexpr (Isa::UNPACKS) {
-        if (p.rows > Isa::MAX_ROWS) {
+        if (Isa::EXACT || p.rows > Isa::MAX_ROWS) {
             const int64_t tiles = Split(p.rows, Isa::MAX_ROWS).count;
             return cpu::parallel_for((p.blocks + 1) / 2, [&](int64_t pair) {
                 for (int64_t tile = 0; tile < tiles; tile += TILES_TOGETHER) {
@@ -152,25 +157,25 @@ void run_as(const Product& p) {
             });
         }
     }
-    multiply<Isa, F>(p, ROWS);
-}
-
-template <class Isa>
-void run_with(const Product& p) {
-    switch (p.block_bytes) {
-        case Format<4, false, 1>::BYTES: return run_as<Isa, Format<4, false, 1>>(p);
-        case Format<4, true, 1>::BYTES: return run_as<Isa, Format<4, true, 1>>(p);
-        case Format<8, false, 1>::BYTES: return run_as<Isa, Format<8, false, 1>>(p);
-        case Format<8, true, 1>::BYTES: return run_as<Isa, Format<8, true, 1>>(p);
-    }
+    if constexpr (!Isa::EXACT) multiply<Isa, F>(p, ROWS);
 }
 
 void run(const Product& p) {
+    with_format(p.format, [&]<class F>(F) {
 #if defined(__x86_64__)
-    if (cpu::isa() == cpu::Isa::avx512) return run_with<Avx512>(p);
-    if (cpu::isa() == cpu::Isa::avx2) return run_with<Avx2>(p);
+        const bool avx512 = cpu::isa() == cpu::Isa::avx512, avx2 = cpu::isa() == cpu::Isa::avx2;
+        if (p.exact && avx512) return run_with<exact::Avx512, F>(p);
+        if (p.exact && avx2) return run_with<exact::Avx2, F>(p);
 #endif
-    run_with<Scalar>(p);
+        if (p.exact) return run_with<exact::Scalar, F>(p);
+        if constexpr (!F::WIDE) {
+#if defined(__x86_64__)
+            if (avx512) return run_with<Avx512, F>(p);
+            if (avx2) return run_with<Avx2, F>(p);
+#endif
+            run_with<Scalar, F>(p);
+        }
+    });
 }
 
 bool is_bf16(const Tensor& tensor, const char* name) {
@@ -180,28 +185,41 @@ bool is_bf16(const Tensor& tensor, const char* name) {
     return type == ScalarType::BFloat16;
 }
 
-void check_packed(const Tensor& weight) {
+// What the checks need of a format.
+struct FormatFacts {
+    int64_t bytes = 0;
+    int parts = 1;
+    bool wide = false;
+};
+
+FormatFacts check_packed(const Tensor& weight, int64_t format) {
+    FormatFacts facts;
+    const bool known = with_format(format, [&]<class F>(F) {
+        facts = {.bytes = F::BYTES, .parts = F::PARTS, .wide = F::WIDE};
+    });
+    STD_TORCH_CHECK(known, "there is no packed format ", format);
     STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte && weight.dim() == 3 &&
-                        weight.is_contiguous(),
-                    "weight must be packed: contiguous uint8 [ceil(Out / 16), In / 32, bytes]");
-    const int64_t bytes = weight.size(2);
-    const bool known = bytes == Format<4, false, 1>::BYTES || bytes == Format<4, true, 1>::BYTES ||
-                       bytes == Format<8, false, 1>::BYTES || bytes == Format<8, true, 1>::BYTES;
-    STD_TORCH_CHECK(known,
-                    "weight is in no packed format: groups of ", bytes, " bytes");
+                        weight.is_contiguous() && weight.size(2) == facts.bytes,
+                    "weight must be packed: contiguous uint8 [ceil(Out / 16), In / 32, ",
+                    facts.bytes, "]");
+    return facts;
 }
 
-void quantized_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor scratch,
-                      Tensor out) {
-    check_packed(weight);
+void quantized_linear(Tensor x, Tensor weight, int64_t format, int64_t activation_bits,
+                      std::optional<Tensor> bias, Tensor scratch, Tensor out) {
+    const FormatFacts facts = check_packed(weight, format);
+    STD_TORCH_CHECK(activation_bits == 16 || (activation_bits == 8 && !facts.wide),
+                    "activation_bits must be 8, if scales are fp16, or 16, not ", activation_bits);
     STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == weight.size(1) * GROUP && x.stride(1) == 1,
                     "x must be [T, ", weight.size(1) * GROUP, "] with rows of adjacent values");
     STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == x.size(0) && out.stride(1) == 1 &&
                         (out.size(1) + COLUMNS - 1) / COLUMNS == weight.size(0),
                     "out must be [T, Out] with rows of adjacent values");
+    const int64_t needed =
+        activation_bits == 8 ? row_bytes(facts.parts) : exact::row_bytes(facts.parts);
     STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous() &&
-                        scratch.numel() >= x.size(0) * weight.size(1) * row_bytes(1),
-                    "scratch must be contiguous uint8, at least [T, In / 32, ", row_bytes(1), "]");
+                        scratch.numel() >= x.size(0) * weight.size(1) * needed,
+                    "scratch must be contiguous uint8, at least [T, In / 32, ", needed, "]");
     if (bias) {
         STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == out.size(1) && bias->is_contiguous(),
                         "bias must be contiguous [Out]");
@@ -211,7 +229,8 @@ void quantized_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tenso
         .x_is_bf16 = is_bf16(x, "x"),
         .x_stride = x.stride(0),
         .weights = static_cast<const uint8_t*>(weight.data_ptr()),
-        .block_bytes = weight.size(2),
+        .format = format,
+        .exact = activation_bits == 16,
         .scratch = static_cast<uint8_t*>(scratch.data_ptr()),
         .out = {.out = out.data_ptr(),
                 .stride = out.stride(0),
@@ -229,11 +248,12 @@ void quantized_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Tenso
 template <class F>
 void unpack_row(const uint8_t* group, int column, int64_t groups, float* out) {
     for (int64_t g = 0; g < groups; ++g, group += F::BYTES, out += GROUP) {
-        const float d = from_fp16(load<uint16_t>(group + F::SCALES + 2 * column));
-        float m = 0.0f;
-        if constexpr (F::MINIMUM) m = from_fp16(load<uint16_t>(group + F::MINIMA + 2 * column));
         for (int k = 0; k < GROUP; ++k) {
-            out[k] = d * static_cast<float>(Scalar::weight<F>(group, column, k) - F::ZERO) + m;
+            const int part = k / (GROUP / F::PARTS);
+            const float d = scale_of<F>(group + F::scales(part), column);
+            float m = 0.0f;
+            if constexpr (F::MINIMUM) m = scale_of<F>(group + F::minima(part), column);
+            out[k] = d * static_cast<float>(integer_of<F>(group, column, k) - F::ZERO) + m;
         }
     }
 }
@@ -242,29 +262,25 @@ struct Lookup {
     const int64_t* ids;
     int64_t count;
     const uint8_t* weights;
-    int64_t block_bytes, groups, blocks;
+    int64_t format, groups, blocks;
     float* out;
 };
 
 void look_up(const Lookup& l) {
     const int64_t end = l.blocks * COLUMNS;
-    for (int64_t i = 0; i < l.count; ++i) {
-        const int64_t id = l.ids[i];
-        STD_TORCH_CHECK(id >= 0 && id < end, "token id ", id, " is not in [0, ", end, ")");
-        const uint8_t* block = l.weights + id / COLUMNS * l.groups * l.block_bytes;
-        const int column = static_cast<int>(id % COLUMNS);
-        float* out = l.out + i * l.groups * GROUP;
-        switch (l.block_bytes) {
-            case Format<4, false, 1>::BYTES: unpack_row<Format<4, false, 1>>(block, column, l.groups, out); break;
-            case Format<4, true, 1>::BYTES: unpack_row<Format<4, true, 1>>(block, column, l.groups, out); break;
-            case Format<8, false, 1>::BYTES: unpack_row<Format<8, false, 1>>(block, column, l.groups, out); break;
-            case Format<8, true, 1>::BYTES: unpack_row<Format<8, true, 1>>(block, column, l.groups, out); break;
+    with_format(l.format, [&]<class F>(F) {
+        for (int64_t i = 0; i < l.count; ++i) {
+            const int64_t id = l.ids[i];
+            STD_TORCH_CHECK(id >= 0 && id < end, "token id ", id, " is not in [0, ", end, ")");
+            const uint8_t* block = l.weights + id / COLUMNS * l.groups * F::BYTES;
+            unpack_row<F>(block, static_cast<int>(id % COLUMNS), l.groups,
+                          l.out + i * l.groups * GROUP);
         }
-    }
+    });
 }
 
-void quantized_embedding(Tensor token_ids, Tensor weight, Tensor out) {
-    check_packed(weight);
+void quantized_embedding(Tensor token_ids, Tensor weight, int64_t format, Tensor out) {
+    check_packed(weight, format);
     const int64_t groups = weight.size(1), width = groups * GROUP, count = token_ids.numel();
     STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.is_contiguous() &&
                         token_ids.dim() == 1,
@@ -276,7 +292,7 @@ void quantized_embedding(Tensor token_ids, Tensor weight, Tensor out) {
         .ids = static_cast<const int64_t*>(token_ids.data_ptr()),
         .count = count,
         .weights = static_cast<const uint8_t*>(weight.data_ptr()),
-        .block_bytes = weight.size(2),
+        .format = format,
         .groups = groups,
         .blocks = weight.size(0),
         .out = static_cast<float*>(out.data_ptr()),
@@ -287,9 +303,9 @@ void quantized_embedding(Tensor token_ids, Tensor weight, Tensor out) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(headrace, m) {
     m.def(
-        "quantized_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) scratch, "
-        "Tensor(b!) out) -> ()");
-    m.def("quantized_embedding(Tensor token_ids, Tensor weight, Tensor(a!) out) -> ()");
+        "quantized_linear(Tensor x, Tensor weight, int format, int activation_bits, Tensor? bias, "
+        "Tensor(a!) scratch, Tensor(b!) out) -> ()");
+    m.def("quantized_embedding(Tensor token_ids, Tensor weight, int format, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(headrace, CPU, m) {

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.packed_format import PackedFormat
 
 
 class RmsNorm(Protocol):
@@ -60,13 +61,25 @@ class LinearOp(Protocol):
 
 
 class QuantizedLinear(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        fmt: PackedFormat,
+        activation_bits: int,
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> None: ...
 
 
 class Embedding(Protocol):
-    """Of dense weights or packed ones."""
-
     def __call__(self, token_ids: Tensor, weight: Tensor, out: Tensor) -> None: ...
+
+
+class QuantizedEmbedding(Protocol):
+    def __call__(
+        self, token_ids: Tensor, weight: Tensor, fmt: PackedFormat, out: Tensor
+    ) -> None: ...
 
 
 class SampleTokens(Protocol):
@@ -107,7 +120,7 @@ class KernelSet:
     paged_attention: PagedAttention
     linear: LinearOp
     quantized_linear: QuantizedLinear
-    quantized_embedding: Embedding
+    quantized_embedding: QuantizedEmbedding
     sample_tokens: SampleTokens
     token_logprobs: TokenLogprobs
     names: tuple[tuple[str, str], ...]

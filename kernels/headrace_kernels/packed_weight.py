@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.packed_format import COLUMNS, FORMATS, GROUP, PackedFormat
+from headrace_kernels.packed_format import COLUMNS, GROUP, PackedFormat
 
 
 def pack_into(
@@ -19,7 +19,7 @@ def pack_into(
     Args:
         integers: uint8; of 4 bits [Out, In / 32, 16], input i in the low and i + 16 in the high
             half of byte i; of 8 bits [Out, In / 32, 32].
-        scale, minimum: [Out, In / 32] float16.
+        scale, minimum: [Out, In / inputs_per_scale], float16 or float32 as the format says.
     """
     blocks, groups, _ = packed.shape
     out_features = len(integers)
@@ -42,32 +42,35 @@ def pack_into(
         fields.copy_(words[rows].view(count, height, groups, -1).permute(0, 2, 3, 1))
         for index, values in enumerate((scale, minimum)):
             if values is not None:
-                begin = fmt.integer_bytes + 2 * COLUMNS * index
-                halves = target[..., begin : begin + 2 * COLUMNS].view(torch.float16)
-                halves[..., :height].copy_(values[rows].view(count, height, groups).mT)
+                floats = _floats(target, fmt, index)[..., :height]
+                floats.copy_(values[rows].view(count, height, groups, -1).permute(0, 2, 3, 1))
 
 
-def unpack(packed: Tensor) -> Tensor:
+def unpack(packed: Tensor, fmt: PackedFormat) -> Tensor:
     """The weights of a packed tensor -> [16 * blocks, In] float32."""
     rows = torch.arange(packed.shape[0] * COLUMNS, device=packed.device)
-    return unpack_rows(packed, rows)
+    return unpack_rows(packed, fmt, rows)
 
 
-def unpack_rows(packed: Tensor, rows: Tensor) -> Tensor:
+def unpack_rows(packed: Tensor, fmt: PackedFormat, rows: Tensor) -> Tensor:
     """Rows of the weights: int64 [T] -> [T, In] float32."""
-    fmt = FORMATS[packed.shape[2]]
     block, column = rows // COLUMNS, rows % COLUMNS
-    end = fmt.integer_bytes
-    quads = packed[..., :end].view(*packed.shape[:2], -1, COLUMNS, 4)
+    quads = packed[..., : fmt.integer_bytes].view(*packed.shape[:2], -1, COLUMNS, 4)
     integers = quads[block, :, :, column].flatten(2)
     if fmt.bits == 4:
         integers = torch.cat((integers & 15, integers >> 4), dim=-1)
-
-    def halves(begin: int) -> Tensor:
-        values = packed[..., begin : begin + 2 * COLUMNS].view(torch.float16)
-        return values[block, :, column].float().unsqueeze(-1)
-
-    weights: Tensor = (integers.float() - fmt.zero) * halves(end)
+    shape = (len(rows), packed.shape[1], fmt.parts, fmt.inputs_per_scale)
+    parts = integers.view(shape)
+    weights: Tensor = parts.float() - fmt.zero
+    weights *= _floats(packed, fmt, 0)[block, :, :, column].float().unsqueeze(-1)
     if fmt.has_minimum:
-        weights = weights + halves(end + 2 * COLUMNS)
+        weights += _floats(packed, fmt, 1)[block, :, :, column].float().unsqueeze(-1)
     return weights.flatten(1)
+
+
+def _floats(packed: Tensor, fmt: PackedFormat, index: int) -> Tensor:
+    """A view of the scales (0) or minima (1): [blocks, groups, parts, 16 outputs]."""
+    begin = fmt.integer_bytes + fmt.scales_bytes * index
+    dtype = torch.float16 if fmt.scale_bits == 16 else torch.float32
+    floats = packed[..., begin : begin + fmt.scales_bytes].view(dtype)
+    return floats.view(*packed.shape[:2], fmt.parts, COLUMNS)

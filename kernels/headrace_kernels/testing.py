@@ -194,11 +194,14 @@ def random_packed(fmt: PackedFormat, out_features: int, in_features: int) -> tup
     integers = u
     if fmt.bits == 4:
         integers = u[..., : GROUP // 2] | (u[..., GROUP // 2 :] << 4)
-    scale = ((torch.rand(out_features, groups) + 0.5) * 12**0.5 / levels).half()
-    minimum = -(scale.float() * levels * torch.rand(out_features, groups)).half()
+    dtype = torch.float16 if fmt.scale_bits == 16 else torch.float32
+    scales = (out_features, groups * fmt.parts)
+    scale = ((torch.rand(scales) + 0.5) * 12**0.5 / levels).to(dtype)
+    minimum = -(scale.float() * levels * torch.rand(scales)).to(dtype)
     packed = torch.empty(fmt.shape(out_features, in_features), dtype=torch.uint8)
     pack_into(packed, fmt, integers, scale, minimum if fmt.has_minimum else None)
-    dense = (u.double() - fmt.zero) * scale.double().unsqueeze(-1)
+    values = u.double().view(*scales, fmt.inputs_per_scale)
+    dense = (values - fmt.zero) * scale.double().unsqueeze(-1)
     if fmt.has_minimum:
         dense += minimum.double().unsqueeze(-1)
     return packed, dense.flatten(1)

@@ -34,6 +34,10 @@ class ModelOptions:
         "Type of weights, GEMM inputs and KV cache; auto asks model and device, and keeps "
         "quantized weights as they are where it can.",
     )
+    weights: Literal["packed", "exact"] = option(
+        "packed",
+        "How quantized weights are kept: exact rounds neither their inputs to 8 bits nor scales.",
+    )
     max_model_len: int | None = option(
         None, "Tokens of prompt plus output a request may have; default: what the model allows."
     )

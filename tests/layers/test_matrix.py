@@ -1,4 +1,4 @@
-"""A matrix is packed if all of its tensors are alike, and dense otherwise."""
+"""A matrix is packed if all of its tensors can be, each in its format, and dense otherwise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headrace_kernels.packed_format import PackedFormat
 from headrace_kernels.testing import random_packed
 
 INNER = 64
-Q4, Q8 = PackedFormat(4, True), PackedFormat(8, False)
+Q4, Q8, Q6_K = PackedFormat(4, True), PackedFormat(8, False), PackedFormat(8, False, 16)
 
 
 @dataclass
@@ -52,49 +52,72 @@ def part(rows: int, fmt: PackedFormat | None) -> Part:
     return Part("w", packed, dense.float(), fmt)
 
 
-def read(parts: list[Part], method: Method | None) -> tuple[Matrix, Tensor]:
-    """The matrix of these parts, and what it should hold."""
+def read(
+    parts: list[Part], method: Method | None, order: int = 1, activation_bits: int = 8
+) -> tuple[Matrix, Tensor]:
+    """The matrix of these parts, read in this order, and what it should hold."""
     facts = KernelFacts(device="cpu", arch="", dtype=torch.float32, head_dim=64, page_size=16)
     dense = torch.cat([p.dense for p in parts])
-    context = LayerContext(dtype=torch.float32, device=torch.device("cpu"), kernels=choose(facts))
+    context = LayerContext(
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        kernels=choose(facts),
+        activation_bits=activation_bits,
+    )
     matrix = Matrix(*dense.shape, context)
     begin = 0
+    slots = []
     for p in parts:
-        slot = matrix.slot(begin, len(p.dense))
+        slots.append((matrix.slot(begin, len(p.dense)), p))
+        begin += len(p.dense)
+    for slot, p in slots[::order]:
         assert slot.shape == p.shape
         slot.read(p, method)
-        begin += len(p.dense)
     return matrix, dense
 
 
 @pytest.mark.parametrize(
-    ("parts", "is_packed"),
+    ("parts", "products"),
     [
-        ([(40, Q4)], True),
-        ([(32, Q4), (16, Q4), (9, Q4)], True),
-        ([(32, Q8), (20, Q8)], True),
-        ([(20, Q4), (32, Q4)], False),  # a block of both
-        ([(32, Q4), (16, Q8)], False),
-        ([(32, Q4), (16, None)], False),
-        ([(32, None), (16, Q4)], False),
+        ([(40, Q4)], 1),
+        ([(32, Q4), (16, Q4), (9, Q4)], 1),
+        ([(32, Q8), (20, Q8)], 1),
+        ([(32, Q4), (16, Q8)], 2),
+        ([(32, Q4), (16, Q8), (20, Q4)], 3),
+        ([(32, Q4), (16, Q4), (20, Q8)], 2),
+        ([(32, Q4), (48, Q6_K), (20, Q6_K)], 2),
+        ([(20, Q4), (32, Q4)], 0),  # a block of both
+        ([(32, Q4), (16, None)], 0),
+        ([(32, None), (16, Q4)], 0),
     ],
 )
-def test_packed_or_dense(parts: list[tuple[int, PackedFormat | None]], is_packed: bool) -> None:
-    matrix, dense = read([part(*p) for p in parts], Method())
-    assert (matrix.packed is not None) == is_packed
-    assert (matrix.dense is None) == is_packed
-    assert len(list(matrix.parameters())) == 1
-    rows = torch.arange(len(dense))
-    looked_up = torch.full_like(dense, torch.nan)
-    matrix.rows(rows, looked_up)
-    torch.testing.assert_close(looked_up, dense, atol=1e-5, rtol=1e-5)
-    x, out = torch.randn(3, INNER), torch.empty(3, len(dense))
-    matrix.multiply(x, None, out)
-    relative_error = (out - x @ dense.T).norm() / out.norm()
-    assert relative_error < (0.02 if is_packed else 1e-5)
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_packed_or_dense(
+    parts: list[tuple[int, PackedFormat | None]], products: int, order: int, activation_bits: int
+) -> None:
+    matrix, dense = read([part(*p) for p in parts], Method(), order, activation_bits)
+    assert len(matrix.packed) == products
+    assert (matrix.dense is None) == (products > 0)
+    assert len(list(matrix.parameters())) == max(products, 1)
+    x, bias = torch.randn(3, INNER), torch.randn(len(dense))
+    out = torch.full((3, len(dense)), torch.nan)
+    matrix.multiply(x, bias, out)
+    relative_error = (out - x @ dense.T - bias).norm() / out.norm()
+    assert relative_error < (1e-5 if products == 0 else 0.02 if activation_bits == 8 else 0.005)
+    if products < 2:
+        looked_up = torch.full_like(dense, torch.nan)
+        matrix.rows(torch.arange(len(dense)), looked_up)
+        torch.testing.assert_close(looked_up, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_memory_is_counted_once() -> None:
+    matrix, _ = read([part(32, Q4), part(48, Q8)], Method())
+    nbytes = Q4.nbytes(32, INNER) + Q8.nbytes(48, INNER)
+    assert sum(p.nbytes for p in matrix.parameters()) == nbytes
 
 
 def test_without_a_method_all_is_dense() -> None:
     matrix, dense = read([part(32, Q4), part(9, Q4)], None)
-    assert matrix.packed is None and matrix.dense is not None
+    assert not matrix.packed and matrix.dense is not None
     assert torch.equal(matrix.dense, dense)

@@ -1,11 +1,11 @@
-"""Products of packed weights with 8-bit activations in plain torch."""
+"""Products of packed weights with activations of 8 or 16 bits in plain torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from headrace_kernels.packed_format import GROUP
+from headrace_kernels.packed_format import GROUP, PackedFormat
 from headrace_kernels.packed_weight import unpack, unpack_rows
 
 LOWEST, HIGHEST = -128, 127
@@ -30,14 +30,24 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return q - zero_point, torch.where(finite, extent / 255.0, torch.nan)
 
 
-def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    fmt: PackedFormat,
+    activation_bits: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
     """See ops/quantized_linear.py."""
-    integers, scale = quantize_activations(x)
-    rounded = (integers * scale).flatten(1)
-    product = rounded @ unpack(weight)[: out.shape[1]].t()
+    if activation_bits == 8:
+        integers, scale = quantize_activations(x)
+        rounded = (integers * scale).flatten(1)
+    else:
+        rounded = x.bfloat16().float()
+    product = rounded @ unpack(weight, fmt)[: out.shape[1]].t()
     out.copy_(product if bias is None else product.add_(bias))
 
 
-def quantized_embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
+def quantized_embedding(token_ids: Tensor, weight: Tensor, fmt: PackedFormat, out: Tensor) -> None:
     """See ops/quantized_linear.py."""
-    out.copy_(unpack_rows(weight, token_ids))
+    out.copy_(unpack_rows(weight, fmt, token_ids))

@@ -162,13 +162,14 @@ def _load_model(plan: Plan, kernels: KernelSet, progress: Progress) -> CausalLM:
         device=torch.device(plan.resolved.device),
         kernels=kernels,
         max_positions=plan.resolved.max_model_len,
+        activation_bits=16 if plan.resolved.weights == "exact" else 8,
     )
     # The file is there, but it may not load, and the reference is no faster than dense weights.
-    packs = plan.resolved.packs_weights and (
+    packs = plan.resolved.weights != "dense" and (
         dict(kernels.names)["quantized_linear"] != "reference"
         or "quantized_linear" in explicit_kernels(plan.resolved.kernel)
     )
-    method = GGUFBlocks() if packs else None
+    method = GGUFBlocks(exact_scales=plan.resolved.weights == "exact") if packs else None
     model.load_weights(_with_progress(plan.checkpoint, progress), method)
     return model.eval()
 

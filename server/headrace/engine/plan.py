@@ -34,6 +34,7 @@ def make_plan(config: EngineConfig) -> Plan:
     model = model_config(checkpoint)
     hardware = probe(config.device.device)
     packed_parameters, packed_bytes = _packed_sizes(checkpoint)
+    _, exact_bytes = _packed_sizes(checkpoint, exact_scales=True)
     facts = ModelFacts(
         name=checkpoint.path.name,
         architecture=model.architecture,
@@ -44,6 +45,7 @@ def make_plan(config: EngineConfig) -> Plan:
         vocab_size=model.vocab_size,
         packed_parameters=packed_parameters,
         packed_bytes=packed_bytes,
+        exact_bytes=exact_bytes,
     )
     return Plan(checkpoint, model, hardware, resolve(config, hardware, facts))
 
@@ -56,13 +58,14 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
     return ModelConfig.from_hf(checkpoint.hf_config, checkpoint.generation_config)
 
 
-def _packed_sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+def _packed_sizes(checkpoint: Checkpoint, *, exact_scales: bool = False) -> tuple[int, int]:
     """Parameters that can be kept in packed form, and the bytes they take then."""
     parameters = nbytes = 0
     for tensor in checkpoint.weights():
         if not isinstance(tensor, GGUFTensor):
             continue
-        if (fmt := packed_format(tensor.quantization, tensor.shape)) is not None:
+        fmt = packed_format(tensor.quantization, tensor.shape, exact_scales=exact_scales)
+        if fmt is not None:
             rows, columns = tensor.shape
             parameters += rows * columns
             nbytes += fmt.nbytes(rows, columns)
@@ -81,7 +84,7 @@ class DequantizedTensors:
 
 def dequantized_tensors(plan: Plan) -> list[DequantizedTensors]:
     """Those of the plan's checkpoint; of tensors that are fused, one may keep others dense."""
-    kept_dense = None if plan.resolved.packs_weights else plan.resolved.why["packs_weights"]
+    kept_dense = plan.resolved.why["weights"] if plan.resolved.weights == "dense" else None
     found: dict[tuple[str, str], list[GGUFTensor]] = {}
     for tensor in plan.checkpoint.weights():
         if not isinstance(tensor, GGUFTensor) or tensor.quantization in DENSE_TYPES:

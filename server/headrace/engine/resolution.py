@@ -46,6 +46,8 @@ class ModelFacts:
     """Of num_parameters, those that quantized kernels take as they are stored."""
     packed_bytes: int = 0
     """What those take then."""
+    exact_bytes: int = 0
+    """What they take if no scale is rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    packs_weights: bool
-    """Quantized weights are kept as integers, not dequantized."""
+    weights: str
+    """Quantized ones are kept as integers, packed or exact; or they become dense."""
     weight_bytes: int
     kv_cache_bytes: int
     kv_bytes_per_token: int
@@ -116,7 +118,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
     if budget < max_num_seqs:
         raise _budget_too_small(budget, max_num_seqs)
     dtype, pick.why["dtype"] = _resolve_dtype(config, hardware, model)
-    packs, weight_bytes = _weights(pick, config, dtype, hardware, model)
+    weights, weight_bytes = _weights(pick, config, dtype, hardware, model)
     kv_bytes_per_token = model.kv_elements_per_token * DTYPE_BYTES[dtype]
     limit = model.max_position_embeddings
     max_model_len = pick(
@@ -149,7 +151,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        packs_weights=packs,
+        weights=weights,
         weight_bytes=weight_bytes,
         kv_cache_bytes=num_blocks * block_size * kv_bytes_per_token,
         kv_bytes_per_token=kv_bytes_per_token,
@@ -176,17 +178,18 @@ class _Picker:
 
 def _weights(
     pick: _Picker, config: EngineConfig, dtype: str, hardware: Hardware, model: ModelFacts
-) -> tuple[bool, int]:
-    """Whether quantized weights are kept as they are, and the bytes of all weights."""
-    pick.why["packs_weights"] = why_not = _why_weights_are_not_packed(config, hardware, model)
-    packs = not why_not
+) -> tuple[str, int]:
+    """What becomes of quantized weights, and the bytes of all weights."""
+    pick.why["weights"] = why_not = _why_weights_are_not_packed(config, hardware, model)
+    weights = "dense" if why_not else config.model_options.weights
     weight_bytes = model.num_parameters * DTYPE_BYTES[dtype]
     pick.why["weight_bytes"] = f"parameters in {dtype}"
-    if packs:
-        weight_bytes += model.packed_bytes - model.packed_parameters * DTYPE_BYTES[dtype]
+    if weights != "dense":
+        weight_bytes -= model.packed_parameters * DTYPE_BYTES[dtype]
+        weight_bytes += model.exact_bytes if weights == "exact" else model.packed_bytes
         pick.why["weight_bytes"] = f"quantized weights as they are, other parameters in {dtype}"
     if weight_bytes < hardware.memory_bytes:
-        return packs, weight_bytes
+        return weights, weight_bytes
     raise ConfigError(
         f"The weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {dtype}, and "
         f"{hardware.memory_bytes / GIB:.1f} GiB are free on {hardware.device}. "

@@ -14,8 +14,17 @@ SMALLEST_ROWS = 8
 class LayerContext:
     """Where layers run, in what types, and by which kernels; given to each as it is made."""
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device, kernels: KernelSet) -> None:
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: KernelSet,
+        activation_bits: int = 8,
+    ) -> None:
         self.dtype = dtype
+        self.activation_bits = activation_bits
+        """Of the inputs of packed products: 8, in groups with a scale, or 16, which are bf16."""
         self.device = device
         self.kernels = kernels
         self._activations: dict[tuple[str, tuple[int, ...], torch.dtype], Tensor] = {}

@@ -93,10 +93,13 @@ class CausalLM(nn.Module):
         device: torch.device,
         kernels: KernelSet,
         max_positions: int,
+        activation_bits: int = 8,
     ) -> None:
         super().__init__()
         self.config = config
-        self.context = context = LayerContext(dtype=dtype, device=device, kernels=kernels)
+        self.context = context = LayerContext(
+            dtype=dtype, device=device, kernels=kernels, activation_bits=activation_bits
+        )
         self.embedding = Embedding(config.vocab_size, config.hidden_size, context)
         rope = cos_sin_table(config.rope, max_positions, device)
         no_rope = no_rope_table(max_positions, device)
@@ -183,11 +186,13 @@ def build_model(
     device: torch.device | str,
     kernels: KernelSet,
     max_positions: int | None = None,
+    activation_bits: int = 8,
 ) -> CausalLM:
     """The model of a config, without its weights yet.
 
     `max_positions` is the longest request to be served: at most what the model was made for, which
-    is the default. Raises CheckpointError if it is more.
+    is the default. Raises CheckpointError if it is more. `activation_bits` are those of the inputs
+    of packed weights: see ops/quantized_linear.py.
     """
     limit = config.max_position_embeddings
     if max_positions is not None and max_positions > limit:
@@ -201,4 +206,5 @@ def build_model(
         device=torch.device(device),
         kernels=kernels,
         max_positions=max_positions or limit,
+        activation_bits=activation_bits,
     )

@@ -22,7 +22,7 @@ PIECE_BYTES = 8 << 20
 """Packed at a time: bounds the copies that packing makes."""
 
 Fields = tuple[Tensor, Tensor, Tensor | None]
-"""Integers, scales and minima of rows, as pack_into takes them."""
+"""Integers, scales and minima of rows, as pack_into takes them: fp32 where fp16 would round."""
 
 
 @runtime_checkable
@@ -39,20 +39,29 @@ class BlockTensor(Protocol):
 
 
 class GGUFBlocks:
-    """The QuantMethod of GGUF files; tensors of other files stay as they are."""
+    """The QuantMethod of GGUF files; tensors of other files stay as they are.
+
+    With `exact_scales` no scale is rounded to fp16: those that do not fit take fp32.
+    """
+
+    def __init__(self, *, exact_scales: bool = False) -> None:
+        self._exact_scales = exact_scales
 
     def packed_format(self, tensor: StoredTensor) -> PackedFormat | None:
         if not isinstance(tensor, BlockTensor):
             return None
-        return packed_format(tensor.quantization, tensor.shape)
+        return packed_format(tensor.quantization, tensor.shape, exact_scales=self._exact_scales)
 
     def pack_into(self, tensor: StoredTensor, packed: Tensor) -> None:
         assert isinstance(tensor, BlockTensor)
-        fmt = packed_format(tensor.quantization, tensor.shape)
+        fmt = self.packed_format(tensor)
         assert fmt is not None
+        dtype = torch.float32 if fmt.scale_bits == 32 else torch.float16
         decode = _DECODERS[tensor.quantization]
         for first, blocks in _pieces(tensor):
             integers, scale, minimum = decode(blocks)
+            scale = scale.to(dtype)
+            minimum = None if minimum is None else minimum.to(dtype)
             for values in (scale, minimum):
                 if values is not None and not values.isfinite().all():
                     raise CheckpointError(
@@ -115,29 +124,99 @@ def _q8_0(blocks: Tensor) -> Fields:
     return blocks[..., 2:] ^ 0x80, _half(blocks, 0), None
 
 
-def _q4_k(blocks: Tensor) -> Fields:
-    """Of 256 values: d, dmin, 8 scales and 8 minima of 6 bits, then pairs of groups of 4 bits.
+def _nibbles(values: Tensor) -> Tensor:
+    """[rows, blocks, 256] of 4 bits -> the bytes of groups of 32, as pack_into takes them."""
+    groups = values.reshape(len(values), -1, GROUP)
+    return groups[..., : GROUP // 2] | (groups[..., GROUP // 2 :] << 4)
 
-    Their products with d and dmin are rounded to fp16.
-    """
+
+def _split(values: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as several."""
+    return values.reshape(*values.shape[:-1], *sizes)
+
+
+def _fields(packed: Tensor, width: int) -> Tensor:
+    """[..., n] bytes -> [..., 8 // width, n]: field i is bits [i * width, (i + 1) * width)."""
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8).unsqueeze(-1)
+    return (packed.unsqueeze(-2) >> shifts) & ((1 << width) - 1)
+
+
+def _scales(integers: Tensor, blocks: Tensor, at: int) -> Tensor:
+    """Integers [rows, blocks, n] times the float16 at byte `at`: float32 [rows, n * blocks]."""
+    scales = integers.float() * _half(blocks, at).float().unsqueeze(-1)
+    return scales.flatten(1)
+
+
+def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """8 scales and 8 minima of 6 bits at byte 4, times d and -dmin at bytes 0 and 2."""
     first, second, mixed = (blocks[..., at : at + 4] for at in (4, 8, 12))
     scale = torch.cat((first & 0x3F, (mixed & 0x0F) | ((first >> 2) & 0x30)), dim=-1)
     minimum = torch.cat((second & 0x3F, (mixed >> 4) | ((second >> 2) & 0x30)), dim=-1)
-    scaled = scale.float() * _half(blocks, 0).float().unsqueeze(-1)
-    lowest = minimum.float() * -_half(blocks, 2).float().unsqueeze(-1)
-    both = blocks[..., 16:].reshape(*blocks.shape[:2], 4, 1, GROUP)
-    values = torch.cat((both & 15, both >> 4), dim=-2)  # [..., 4, 2, 32]
-    halves = values[..., : GROUP // 2] | (values[..., GROUP // 2 :] << 4)
-    rows = len(blocks)
-    return halves.view(rows, -1, 16), scaled.half().view(rows, -1), lowest.half().view(rows, -1)
+    return _scales(scale, blocks, 0), -_scales(minimum, blocks, 2)
+
+
+def _q2_k(blocks: Tensor) -> Fields:
+    """16 scales and minima of 4 bits, 256 values of 2 bits, then d and dmin."""
+    scales, packed = blocks[..., :16], blocks[..., 16:80]
+    values = _fields(_split(packed, 2, 32), 2).flatten(2)
+    minimum = -_scales(scales >> 4, blocks, 82)
+    return _nibbles(values), _scales(scales & 0x0F, blocks, 80), minimum
+
+
+def _q3_k(blocks: Tensor) -> Fields:
+    """A mask of high bits, 256 low pairs of bits, 16 scales of 6 bits from -32, d."""
+    mask, packed, scales = blocks[..., :32], blocks[..., 32:96], blocks[..., 96:108]
+    low = torch.cat((scales[..., :8] & 0x0F, scales[..., :8] >> 4), dim=-1)
+    scale = low | (_fields(scales[..., 8:], 2).flatten(-2) << 4)
+    values = _fields(_split(packed, 2, 32), 2).flatten(2)
+    values |= _fields(mask, 1).flatten(2) << 2
+    # Of 4 bits the zero is 8, of 3 it is 4.
+    return _nibbles(values + 4), _scales(scale.to(torch.int8) - 32, blocks, 108), None
+
+
+def _q4_k(blocks: Tensor) -> Fields:
+    """Of 256 values: d, dmin, 8 scales and 8 minima of 6 bits, then pairs of groups of 4 bits."""
+    values = _fields(_split(blocks[..., 16:], 4, GROUP), 4).flatten(2)
+    return _nibbles(values), *_six_bit_scales(blocks)
+
+
+def _q5_k(blocks: Tensor) -> Fields:
+    """As Q4_K, with 256 high bits before the values."""
+    low = _fields(_split(blocks[..., 48:], 4, GROUP), 4).flatten(2)
+    values = low | (_fields(blocks[..., 16:48], 1).flatten(2) << 4)
+    return values, *_six_bit_scales(blocks)
+
+
+def _q6_k(blocks: Tensor) -> Fields:
+    """256 low nibbles, 256 high pairs of bits, 16 signed scales of 8 bits, d."""
+    low = _fields(_split(blocks[..., :128], 2, 64), 4).flatten(2)
+    high = _fields(_split(blocks[..., 128:192], 2, 32), 2).flatten(2)
+    scale = blocks[..., 192:208].view(torch.int8)
+    # Of 8 bits the zero is 128, of 6 it is 32.
+    return (low | (high << 4)) + 96, _scales(scale, blocks, 208), None
 
 
 _DECODERS: dict[str, Callable[[Tensor], Fields]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
-    "Q4_K": _q4_k,
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
 }
-_BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q4_K": 144, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
+_BLOCK_BYTES = {
+    "Q4_0": 18,
+    "Q4_1": 20,
+    "Q5_0": 22,
+    "Q5_1": 24,
+    "Q8_0": 34,
+    "Q2_K": 84,
+    "Q3_K": 110,
+    "Q4_K": 144,
+    "Q5_K": 176,
+    "Q6_K": 210,
+}

@@ -17,18 +17,38 @@ constexpr int COLUMNS = 16; // outputs of a column block
 // How a column block stores a group: the unsigned weights u of 16 columns in the order that
 // multiply-accumulate by fours takes them (of 8 bits: 8 times [column][4 of K]; of 4 bits: 4 times,
 // with K and K + 16 in a byte), then for each of PARTS equal parts of the group 16 scales d, then,
-// with a minimum, for each part 16 minima m; both in fp16. A weight is d * u + m, or d * (u - ZERO)
-// without a minimum.
-template <int BITS_, bool MINIMUM_, int PARTS_>
+// with a minimum, for each part 16 minima m; all in fp16, or in fp32 if WIDE. A weight is d * u + m,
+// or d * (u - ZERO) without a minimum.
+template <int BITS_, bool MINIMUM_, int PARTS_, bool WIDE_>
 struct Format {
     static constexpr int BITS = BITS_;
     static constexpr bool MINIMUM = MINIMUM_;
     static constexpr int PARTS = PARTS_;
+    static constexpr bool WIDE = WIDE_;
+    // What packed_format.py calls it by.
+    static constexpr int CODE = BITS + 16 * MINIMUM + 32 * (PARTS == 2) + 64 * WIDE;
     static constexpr int ZERO = MINIMUM ? 0 : 1 << (BITS - 1);
+    static constexpr int SCALE_BYTES = WIDE ? 4 : 2;
     static constexpr int SCALES = COLUMNS * GROUP * BITS / 8;
-    static constexpr int MINIMA = SCALES + 2 * COLUMNS * PARTS;
-    static constexpr int BYTES = MINIMA + (MINIMUM ? 2 * COLUMNS * PARTS : 0);
+    static constexpr int MINIMA = SCALES + SCALE_BYTES * COLUMNS * PARTS;
+    static constexpr int BYTES = MINIMA + (MINIMUM ? SCALE_BYTES * COLUMNS * PARTS : 0);
+    // Where those of a part begin.
+    static constexpr int scales(int part) { return SCALES + SCALE_BYTES * COLUMNS * part; }
+    static constexpr int minima(int part) { return MINIMA + SCALE_BYTES * COLUMNS * part; }
 };
+
+// Calls f with a value of the format of this code; false if there is none. WIDE ones are those of
+// stored types whose scales are products of two numbers.
+template <class Function>
+bool with_format(int64_t code, Function&& f) {
+    const auto is = [&]<class F>(F format) { return code == F::CODE && (f(format), true); };
+    return is(Format<4, false, 1, false>{}) || is(Format<4, true, 1, false>{}) ||
+           is(Format<4, false, 2, false>{}) || is(Format<4, true, 2, false>{}) ||
+           is(Format<8, false, 1, false>{}) || is(Format<8, true, 1, false>{}) ||
+           is(Format<8, false, 2, false>{}) || is(Format<4, true, 1, true>{}) ||
+           is(Format<4, false, 2, true>{}) || is(Format<4, true, 2, true>{}) ||
+           is(Format<8, true, 1, true>{}) || is(Format<8, false, 2, true>{});
+}
 
 // The quads of K, 4 values each, of a part.
 constexpr int QUADS = GROUP / 4;
@@ -93,6 +113,21 @@ HEADRACE_INLINE float from_fp16(uint16_t bits) {
                             ? std::bit_cast<float>(magnitude | 0x7F800000u)
                             : std::bit_cast<float>(magnitude) * 0x1p112f;
     return (bits & 0x8000) ? -value : value;
+}
+
+// The scale or minimum of a column, of those that begin at `from`.
+template <class F>
+HEADRACE_INLINE float scale_of(const uint8_t* from, int column) {
+    if constexpr (F::WIDE) return load<float>(from + 4 * column);
+    else return from_fp16(load<uint16_t>(from + 2 * column));
+}
+
+// The integer u of a column and a value of K.
+template <class F>
+HEADRACE_INLINE int integer_of(const uint8_t* group, int column, int k) {
+    if constexpr (F::BITS == 8) return group[(k / 4 * COLUMNS + column) * 4 + k % 4];
+    const uint8_t both = group[(k % 16 / 4 * COLUMNS + column) * 4 + k % 4];
+    return k < 16 ? both & 15 : both >> 4;
 }
 
 // Where totals go: rows of float32 or bf16, with a bias added.

@@ -9,8 +9,9 @@
 namespace headrace::cpu::quantized {
 
 struct Avx2 {
-    static constexpr bool UNPACKS = false;
     static constexpr int MAX_ROWS = 4;
+    static constexpr bool EXACT = false, UNPACKS = false;
+    static constexpr int row_bytes(int parts) { return quantized::row_bytes(parts); }
 
     template <class Value>
     HEADRACE_TARGET_AVX2 static HEADRACE_INLINE __m256 values(const Value* x) {
@@ -130,10 +131,9 @@ struct Avx2 {
                     }
                 }
                 sum = _mm256_or_si256(sum, _mm256_set1_epi32(F::ZERO << 16));
-                const int at = 16 * half + 2 * COLUMNS * part;
-                const __m256 d = halves(weights + F::SCALES + at);
+                const __m256 d = halves(weights + F::scales(part) + 16 * half);
                 __m256 m{};
-                if constexpr (F::MINIMUM) m = halves(weights + F::MINIMA + at);
+                if constexpr (F::MINIMUM) m = halves(weights + F::minima(part) + 16 * half);
                 const uint8_t* scales = x + R * GROUP;
                 const uint8_t* facts = scales + 4 * R * (1 + 2 * part);
 #pragma GCC unroll 4

@@ -9,8 +9,11 @@
 namespace headrace::cpu::quantized {
 
 struct Avx512 {
-    static constexpr bool UNPACKS = true;
     static constexpr int MAX_ROWS = 6;
+    static constexpr bool EXACT = false, UNPACKS = true;
+    template <int PARTS>
+    using Unpacked = UnpackedGroup<PARTS>;
+    static constexpr int row_bytes(int parts) { return quantized::row_bytes(parts); }
     // Bytes of weights between what is used and what is fetched; found by trying 1 to 4 KB.
     static constexpr int64_t AHEAD = 4096;
 
@@ -162,6 +165,12 @@ struct Avx512 {
         }
     }
 
+    template <class F>
+    HEADRACE_TARGET_AVX512 static HEADRACE_INLINE __m512 scales(const uint8_t* from) {
+        if constexpr (F::WIDE) return _mm512_loadu_ps(from);
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+
     // One column block, as it is stored: for tiles that are alone.
     template <class F, int R>
     HEADRACE_TARGET_AVX512 static void product(const uint8_t* weights, const uint8_t* x,
@@ -185,9 +194,9 @@ struct Avx512 {
                     for (int r = 0; r < R; ++r) accumulate(dot[r], u, x + r * GROUP + 4 * j);
                 }
                 sum = sums<F>(sum);
-                const __m512 d = halves(weights + F::SCALES + 2 * COLUMNS * part);
+                const __m512 d = scales<F>(weights + F::scales(part));
                 __m512 m{};
-                if constexpr (F::MINIMUM) m = halves(weights + F::MINIMA + 2 * COLUMNS * part);
+                if constexpr (F::MINIMUM) m = scales<F>(weights + F::minima(part));
                 const uint8_t* facts = x + R * GROUP;
 #pragma GCC unroll 6
                 for (int r = 0; r < R; ++r) {
@@ -216,17 +225,17 @@ struct Avx512 {
                     _mm512_store_si512(to->u[j], u);
                 }
                 _mm512_store_si512(to->sums[part], sums<F>(sum));
-                _mm512_store_ps(to->d[part], halves(weights + F::SCALES + 2 * COLUMNS * part));
+                _mm512_store_ps(to->d[part], scales<F>(weights + F::scales(part)));
                 if constexpr (F::MINIMUM) {
-                    _mm512_store_ps(to->m[part], halves(weights + F::MINIMA + 2 * COLUMNS * part));
+                    _mm512_store_ps(to->m[part], scales<F>(weights + F::minima(part)));
                 }
             }
         }
     }
 
     // Two column blocks side by side, added to totals [R][2][16]: a broadcast activation serves both.
-    template <class F, int R>
-    HEADRACE_TARGET_AVX512 static void product_of_two(const UnpackedGroup<F::PARTS>* weights,
+    template <bool MINIMUM, int PARTS, int R>
+    HEADRACE_TARGET_AVX512 static void product_of_two(const UnpackedGroup<PARTS>* weights,
                                                       const uint8_t* x, int64_t groups,
                                                       Ahead ahead, float* totals) {
         constexpr int B = 2;
@@ -236,19 +245,19 @@ struct Avx512 {
             total[r][0] = _mm512_loadu_ps(totals + (B * r + 0) * COLUMNS);
             total[r][1] = _mm512_loadu_ps(totals + (B * r + 1) * COLUMNS);
         }
-        for (int64_t g = 0; g < groups; ++g, weights += B, x += R * row_bytes(F::PARTS)) {
+        for (int64_t g = 0; g < groups; ++g, weights += B, x += R * row_bytes(PARTS)) {
             for (int64_t i = 0; i < ahead.lines; ++i, ahead.from += 64) {
                 _mm_prefetch(ahead.from, _MM_HINT_T0);
                 _mm_prefetch(ahead.from + ahead.stride, _MM_HINT_T0);
             }
 #pragma GCC unroll 2
-            for (int part = 0; part < F::PARTS; ++part) {
+            for (int part = 0; part < PARTS; ++part) {
                 __m512i dot[R][B];
 #pragma GCC unroll 6
                 for (int r = 0; r < R; ++r) dot[r][0] = dot[r][1] = _mm512_setzero_si512();
 #pragma GCC unroll 8
-                for (int i = 0; i < QUADS / F::PARTS; ++i) {
-                    const int j = part * QUADS / F::PARTS + i;
+                for (int i = 0; i < QUADS / PARTS; ++i) {
+                    const int j = part * QUADS / PARTS + i;
                     const __m512i u0 = _mm512_load_si512(weights[0].u[j]);
                     const __m512i u1 = _mm512_load_si512(weights[1].u[j]);
 #pragma GCC unroll 6
@@ -264,15 +273,15 @@ struct Avx512 {
                 const __m512 d0 = _mm512_load_ps(weights[0].d[part]);
                 const __m512 d1 = _mm512_load_ps(weights[1].d[part]);
                 __m512 m0{}, m1{};
-                if constexpr (F::MINIMUM) {
+                if constexpr (MINIMUM) {
                     m0 = _mm512_load_ps(weights[0].m[part]);
                     m1 = _mm512_load_ps(weights[1].m[part]);
                 }
 #pragma GCC unroll 6
                 for (int r = 0; r < R; ++r) {
                     const uint8_t* own = facts + 4 * r;
-                    add_part<F::MINIMUM>(total[r][0], dot[r][0], sum0, d0, m0, own, 4 * R, part);
-                    add_part<F::MINIMUM>(total[r][1], dot[r][1], sum1, d1, m1, own, 4 * R, part);
+                    add_part<MINIMUM>(total[r][0], dot[r][0], sum0, d0, m0, own, 4 * R, part);
+                    add_part<MINIMUM>(total[r][1], dot[r][1], sum1, d1, m1, own, 4 * R, part);
                 }
             }
         }
@@ -364,10 +373,6 @@ struct Avx512 {
     HEADRACE_TARGET_AVX512 static HEADRACE_INLINE void accumulate(__m512i& dot, __m512i u,
                                                                   const uint8_t* q) {
         dot = _mm512_dpbusd_epi32(dot, u, _mm512_set1_epi32(load<int>(q)));
-    }
-
-    HEADRACE_TARGET_AVX512 static HEADRACE_INLINE __m512 halves(const uint8_t* from) {
-        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
 };
 

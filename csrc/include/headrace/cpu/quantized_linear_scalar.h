@@ -7,8 +7,9 @@
 namespace headrace::cpu::quantized {
 
 struct Scalar {
-    static constexpr bool UNPACKS = false;
     static constexpr int MAX_ROWS = 4;
+    static constexpr bool EXACT = false, UNPACKS = false;
+    static constexpr int row_bytes(int parts) { return quantized::row_bytes(parts); }
 
     template <class Value, int PARTS>
     static void quantize_tile(const Value* x, int64_t stride, int64_t groups, uint8_t* tile,
@@ -69,16 +70,15 @@ struct Scalar {
         for (int c = 0; c < COLUMNS; ++c) {
             int dot = 0, sum = 0;
             for (int i = 0; i < GROUP / F::PARTS; ++i) {
-                const int k = part * GROUP / F::PARTS + i, u = weight<F>(weights, c, k);
+                const int k = part * GROUP / F::PARTS + i, u = integer_of<F>(weights, c, k);
                 dot += u * x.q[k];
                 sum += u;
             }
-            const int at = 2 * (part * COLUMNS + c);
-            const float d = from_fp16(load<uint16_t>(weights + F::SCALES + at));
+            const float d = scale_of<F>(weights + F::scales(part), c);
             const auto exact = static_cast<float>(dot + sum * minus_z + F::ZERO * minus_sum);
             totals[c] = std::fma(exact * d, scale, totals[c]);
             if constexpr (F::MINIMUM) {
-                const float m = from_fp16(load<uint16_t>(weights + F::MINIMA + at));
+                const float m = scale_of<F>(weights + F::minima(part), c);
                 totals[c] = std::fma(m, scaled_sum, totals[c]);
             }
         }
@@ -87,13 +87,6 @@ struct Scalar {
     static void write(const Output& out, const float* totals, int64_t step, int64_t row,
                       int64_t rows, int64_t column) {
         out.write(totals, step, row, rows, column);
-    }
-
-    template <class F>
-    static HEADRACE_INLINE int weight(const uint8_t* group, int column, int k) {
-        if constexpr (F::BITS == 8) return group[(k / 4 * COLUMNS + column) * 4 + k % 4];
-        const uint8_t both = group[(k % 16 / 4 * COLUMNS + column) * 4 + k % 4];
-        return k < 16 ? both & 15 : both >> 4;
     }
 };
 
