@@ -29,6 +29,7 @@ SMALL = ModelFacts(
     num_parameters=134_515_008,
     max_position_embeddings=8192,
     kv_elements_per_token=2 * 30 * 3 * 64,
+    kv_rows_per_token=2 * 30 * 3,
     checkpoint_dtype="Q4_1",
     vocab_size=49152,
 )
@@ -63,6 +64,7 @@ def test_flags_go_over_environment_over_file_over_defaults():
         ({"port": "eight"}, {}, "key 'port'"),
         ({}, {"HEADRACE_PORT": "eight"}, "HEADRACE_PORT"),
         ({"dtype": "int3"}, {}, "'int3' is not one of auto, float32"),
+        ({"kv_cache_dtype": "fp8"}, {}, "key 'kv_cache_dtype': 'fp8' is not one of auto, float32"),
         ({"kv_cache_memory_bytes": "2 apples"}, {}, "is not a size"),
     ],
 )
@@ -88,6 +90,19 @@ def test_defaults_for_a_small_model_on_a_cpu():
     assert resolved.kv_cache_bytes <= 4 * GIB
     assert resolved.kv_capacity_tokens == resolved.num_blocks * 16
     assert resolved.why["dtype"] == "the CPU has bf16 dot products"
+
+
+def test_an_int8_cache_holds_almost_twice_the_tokens():
+    memory = {"kv_cache_memory_bytes": GIB}
+    default = resolve(EngineConfig(cache=CacheOptions(**memory)), CPU, SMALL)
+    int8 = EngineConfig(cache=CacheOptions(**memory, kv_cache_dtype="int8"))
+    resolved = resolve(int8, CPU, SMALL)
+    assert (default.kv_cache_dtype, default.why["kv_cache_dtype"]) == ("bfloat16", "dtype")
+    assert (resolved.kv_cache_dtype, resolved.dtype) == ("int8", "bfloat16")
+    assert resolved.kv_bytes_per_token == 2 * 30 * 3 * (64 + 4)
+    assert resolved.kv_capacity_tokens / default.kv_capacity_tokens == pytest.approx(128 / 68, 1e-3)
+    with pytest.raises(ConfigError, match="kv_cache_dtype int8 runs on a CPU only"):
+        resolve(int8, GPU, SMALL)
 
 
 def test_quantized_weights_are_kept_where_kernels_take_them():

@@ -17,13 +17,14 @@ using torch::stable::Tensor;
 
 struct Launch {
     attention::Batch batch;
-    bool q_is_bf16, cache_is_bf16;
+    bool q_is_bf16;
+    ScalarType cache_type;
     int64_t rows, max_blocks, cache_blocks;
 };
 
 // What the kernel reads and writes by is checked at every call: it costs a fraction of the reading.
 void check_batch(const Launch& launch) {
-    const auto& [batch, q_is_bf16, cache_is_bf16, rows, max_blocks, cache_blocks] = launch;
+    const auto& [batch, q_is_bf16, cache_type, rows, max_blocks, cache_blocks] = launch;
     int32_t begin = batch.query_start_loc[0];
     STD_TORCH_CHECK(begin == 0, "query_start_loc must begin with 0, not ", begin);
     for (int64_t request = 0; request < batch.requests; ++request) {
@@ -69,10 +70,15 @@ void check_rows(const char* name, const Tensor& tensor) {
 template <class Q>
 void attend(const Launch& launch) {
     const attention::Batch& batch = launch.batch;
-    if (launch.cache_is_bf16) {
-        attention::attend_on_this_cpu<Q, bf16>(batch);
-    } else {
-        attention::attend_on_this_cpu<Q, float>(batch);
+    switch (launch.cache_type) {
+        case ScalarType::BFloat16:
+            attention::attend_on_this_cpu<Q, bf16>(batch);
+            break;
+        case ScalarType::Char:
+            attention::attend_on_this_cpu<Q, int8_t>(batch);
+            break;
+        default:
+            attention::attend_on_this_cpu<Q, float>(batch);
     }
     auto* const out = static_cast<Q*>(batch.out);
     for (int64_t row = batch.query_start_loc[batch.requests]; row < launch.rows; ++row) {
@@ -103,10 +109,14 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
     STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && out.size(0) == rows &&
                         out.size(1) == heads && out.size(2) == dim,
                     "out must have the shape and the dtype of q");
-    STD_TORCH_CHECK(is_float(kv_cache) && kv_cache.dim() == 5 && kv_cache.size(1) == 2 &&
-                        kv_cache.size(4) == dim && kv_cache.stride(4) == 1 &&
-                        kv_cache.stride(3) == dim,
-                    "kv_cache must be [B, 2, K, P, D], bfloat16 or float32, its pages contiguous");
+    const bool quantized = kv_cache.is_cpu() && kv_cache.scalar_type() == ScalarType::Char;
+    const int64_t row_size = quantized ? dim + static_cast<int64_t>(sizeof(float)) : dim;
+    STD_TORCH_CHECK(
+        (quantized || is_float(kv_cache)) && kv_cache.dim() == 5 && kv_cache.size(1) == 2 &&
+            kv_cache.size(4) == row_size && kv_cache.stride(4) == 1 &&
+            kv_cache.stride(3) == row_size,
+        "kv_cache must be [B, 2, K, P, D], bfloat16 or float32, or [B, 2, K, P, D + 4], "
+        "int8, its pages contiguous");
     const int64_t kv_heads = kv_cache.size(2);
     STD_TORCH_CHECK(dim >= 16 && dim <= attention::MAX_DIM && dim % 16 == 0,
                     "the head size must be a multiple of 16 up to 256, not ", dim);
@@ -134,6 +144,7 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
         .block_stride = kv_cache.stride(0),
         .kv_stride = kv_cache.stride(1),
         .head_stride = kv_cache.stride(2),
+        .row_size = row_size,
         .query_start_loc = query_start_loc.const_data_ptr<int32_t>(),
         .seq_lens = seq_lens.const_data_ptr<int32_t>(),
         .block_table = block_table.const_data_ptr<int32_t>(),
@@ -156,7 +167,7 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
     launch<run>(Launch{
         .batch = batch,
         .q_is_bf16 = q.scalar_type() == ScalarType::BFloat16,
-        .cache_is_bf16 = kv_cache.scalar_type() == ScalarType::BFloat16,
+        .cache_type = kv_cache.scalar_type(),
         .rows = rows,
         .max_blocks = block_table.size(1),
         .cache_blocks = kv_cache.size(0),

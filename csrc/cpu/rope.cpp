@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <type_traits>
@@ -54,7 +55,7 @@ struct Rope {
     const int64_t* slots;
     int64_t tokens, qkv_size, qkv_stride;
     int64_t max_positions, cache_slots, page_size;
-    int64_t block_stride, value_stride, token_stride;
+    int64_t block_stride, value_stride, token_stride, row_size;
 };
 
 // Where the key of a token's first head goes, null if nowhere.
@@ -71,7 +72,7 @@ template <class In, class Cache>
 void prefetch_slots(const Rope<In, Cache>& r, int64_t token) {
     const Cache* const key = key_of(r, token);
     if (key == nullptr) return;
-    const int64_t bytes = r.shape.head_dim * static_cast<int64_t>(sizeof(Cache));
+    const int64_t bytes = r.row_size * static_cast<int64_t>(sizeof(Cache));
     for (int64_t head = 0; head < r.shape.num_kv_heads; ++head) {
         const Cache* const own = key + head * r.shape.cache_head_stride;
         prefetch_for_writing(own, bytes);
@@ -99,16 +100,26 @@ void rope_rows(const Rope<In, Cache>& r) {
     });
 }
 
+template <class F>
+void with_cache_type(const Tensor& kv_cache, F&& f) {
+    if (kv_cache.scalar_type() == ScalarType::Char) return f(int8_t{});
+    with_float_type("kv_cache", kv_cache, f);
+}
+
 void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor& cos_sin,
                        const Tensor& kv_cache, const Tensor& slot_mapping, const Tensor& q_out,
                        std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double eps) {
     STD_TORCH_CHECK(q_out.is_cpu() && q_out.dim() == 3 && q_out.is_contiguous(),
                     "q_out must be a contiguous CPU tensor [T, H, D]");
     const int64_t tokens = q_out.size(0), num_heads = q_out.size(1), head_dim = q_out.size(2);
+    const bool quantized = kv_cache.scalar_type() == ScalarType::Char;
+    const int64_t row_size = quantized ? head_dim + static_cast<int64_t>(sizeof(float)) : head_dim;
     STD_TORCH_CHECK(kv_cache.is_cpu() && kv_cache.dim() == 5 && kv_cache.size(1) == 2 &&
-                        kv_cache.size(4) == head_dim && kv_cache.stride(4) == 1,
-                    "kv_cache must be a CPU tensor [B, 2, K, P, ", head_dim,
+                        kv_cache.size(4) == row_size && kv_cache.stride(4) == 1,
+                    "kv_cache must be a CPU tensor [B, 2, K, P, ", row_size,
                     "] of contiguous values");
+    STD_TORCH_CHECK(!quantized || head_dim <= MAX_QUANTIZED_DIM,
+                    "an int8 cache takes heads of up to ", MAX_QUANTIZED_DIM, ", not ", head_dim);
     const int64_t num_kv_heads = kv_cache.size(2), page_size = kv_cache.size(3);
     check_matrix("qkv", qkv, tokens, (num_heads + 2 * num_kv_heads) * head_dim);
     check_type("q_out", q_out, qkv.scalar_type());
@@ -131,7 +142,7 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
         .eps = static_cast<float>(eps),
     };
     with_float_type("qkv", qkv, [&](auto in) {
-        with_float_type("kv_cache", kv_cache, [&](auto cached) {
+        with_cache_type(kv_cache, [&](auto cached) {
             using In = decltype(in);
             using Cache = decltype(cached);
             launch<rope_rows<In, Cache>>(Rope<In, Cache>{
@@ -151,6 +162,7 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
                 .block_stride = kv_cache.stride(0),
                 .value_stride = kv_cache.stride(1),
                 .token_stride = kv_cache.stride(3),
+                .row_size = row_size,
             });
         });
     });

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headrace_kernels import native
 from headrace_kernels.kernel_set import KernelSet
+from headrace_kernels.kv_format import head_dim_of
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,8 @@ def explain(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> li
 
 def kernels_for(x: Tensor, kv_cache: Tensor | None = None) -> KernelSet:
     """The automatic choice for these tensors, for the public ops; a model holds its own set."""
-    page_size, head_dim = kv_cache.shape[3:] if kv_cache is not None else (1, x.shape[-1])
+    page_size = 1 if kv_cache is None else kv_cache.shape[3]
+    head_dim = x.shape[-1] if kv_cache is None else head_dim_of(kv_cache)
     return _automatic(
         KernelFacts(
             device=x.device.type,

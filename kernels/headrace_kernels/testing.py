@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.kv_format import to_rows
 from headrace_kernels.packed_format import GROUP, PackedFormat
 from headrace_kernels.packed_weight import pack_into
 
@@ -208,8 +208,15 @@ def random_packed(fmt: PackedFormat, out_features: int, in_features: int) -> tup
 
 
 def random_cache(
-    num_blocks: int, kv_heads: int, page_size: int, head_dim: int, **options: Any
+    num_blocks: int,
+    kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A [B, 2, K, P, D] view of a cache of three layers: block strides are not those of a copy."""
-    whole = torch.randn((num_blocks, 3, 2, kv_heads, page_size, head_dim)).to(**options)
+    """A [B, 2, K, P, D] view of a cache of three layers: block strides are not those of a copy.
+
+    Of int8 it is [B, 2, K, P, D + 4].
+    """
+    whole = to_rows(torch.randn((num_blocks, 3, 2, kv_heads, page_size, head_dim)), dtype)
     return whole[:, 1]

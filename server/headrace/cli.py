@@ -347,6 +347,7 @@ def _plan(args: argparse.Namespace) -> int:
     ]
     for name in (
         "dtype",
+        "kv_cache_dtype",
         "threads",
         "cpu_isa",
         "block_size",

@@ -53,6 +53,7 @@ class Recorder:
         checkpoint: Path,
         *,
         dtype: str = "float32",
+        kv_dtype: str = "auto",
         budget: int = 256,
         kv_bytes: int = 1 << 21,
         keep_every: int = 1,
@@ -61,7 +62,9 @@ class Recorder:
             EngineConfig(
                 model=str(checkpoint),
                 model_options=ModelOptions(dtype=dtype, max_model_len=256),
-                cache=CacheOptions(kv_cache_memory_bytes=kv_bytes, block_size=4),
+                cache=CacheOptions(
+                    kv_cache_memory_bytes=kv_bytes, block_size=4, kv_cache_dtype=kv_dtype
+                ),
                 scheduler=SchedulerOptions(max_num_seqs=16, max_num_batched_tokens=budget),
                 device=DeviceOptions(device="cpu", threads=2 if keep_every > 1 else 1),
             )
@@ -132,13 +135,38 @@ def test_after_preemptions(checkpoint, alone):
     assert_same(alone.logits, recorder.logits)
 
 
+def test_an_int8_cache(checkpoint, alone):
+    """A hit, a chunk and a decode read what a prefill wrote and attended to: rounded."""
+    requests = make_requests(24)
+    single = Recorder(checkpoint, kv_dtype="int8")
+    for request in requests:
+        single.engine.reset_prefix_cache()
+        single.run([request])
+    assert single.logits.keys() == alone.logits.keys()
+    assert any(not torch.equal(single.logits[key], alone.logits[key]) for key in alone.logits)
+    together = Recorder(checkpoint, budget=37, kv_dtype="int8").run(requests)
+    assert_same(single.logits, together.logits)
+    together.logits.clear()
+    before = together.engine.stats().prefix_hit_tokens
+    together.run(requests)
+    assert together.engine.stats().prefix_hit_tokens > before + 500, "the cache must have hit"
+    assert_same(single.logits, together.logits)
+    full_request = 256 * 2 * LAYERS * KV_HEADS * (HEAD_DIM + 4)
+    preempted = Recorder(checkpoint, kv_bytes=full_request, kv_dtype="int8").run(requests)
+    assert preempted.preemptions > 0, "the pool must be too small"
+    assert_same(single.logits, preempted.logits)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("dtype", "count"), [("auto", 200), ("float32", 60)])
-def test_real_weights(smollm2_path, dtype, count):
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "count"),
+    [("auto", "auto", 200), ("auto", "int8", 100), ("float32", "auto", 60)],
+)
+def test_real_weights(smollm2_path, dtype, kv_dtype, count):
     """The same on SmolLM2: alone, batched at three budgets, after cache hits, preempted."""
     requests = make_requests(count)
-    options = {"dtype": dtype, "kv_bytes": 1 << 27, "keep_every": 97}
+    options = {"dtype": dtype, "kv_dtype": kv_dtype, "kv_bytes": 1 << 27, "keep_every": 97}
     single = Recorder(smollm2_path, **options)
     for request in requests:
         single.engine.reset_prefix_cache()
@@ -149,7 +177,8 @@ def test_real_weights(smollm2_path, dtype, count):
     together.logits.clear()
     together.run(requests)
     assert_same(single.logits, together.logits)  # after cache hits
-    room = 256 * 2 * 30 * 3 * 64 * (4 if dtype == "float32" else 2)
+    row_bytes = 64 + 4 if kv_dtype == "int8" else 64 * (4 if dtype == "float32" else 2)
+    room = 256 * 2 * 30 * 3 * row_bytes
     preempted = Recorder(smollm2_path, **(options | {"kv_bytes": room})).run(requests)
     assert preempted.preemptions > 0, "the pool must be too small"
     assert_same(single.logits, preempted.logits)

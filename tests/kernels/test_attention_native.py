@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace_kernels import native
 from headrace_kernels.dispatch import KernelFacts
+from headrace_kernels.kv_format import from_rows, row_size, to_rows
 from headrace_kernels.testing import (
     TOLERANCES,
     RaggedBatch,
@@ -32,7 +33,7 @@ LONG = [(1, 1500), (1, 700), (3, 900), (70, 600), (1, 256), (1, 257), (1, 30)]
 
 def expected_rows(q: Tensor, cache: Tensor, batch: RaggedBatch, window: int | None) -> Tensor:
     out = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = cache.permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], cache.shape[4])
+    by_slot = from_rows(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
     begin = 0
     for request, query_len in enumerate(batch.query_lens.tolist()):
         keys, values = by_slot[:, batch.slots_of(request)]
@@ -50,18 +51,31 @@ def run(q: Tensor, cache: Tensor, batch: RaggedBatch, window: int | None = None)
 
 
 @pytest.mark.parametrize("window", [None, 333])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.int8),
+    ],
+)
 def test_splits_and_threads_change_no_bit(
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     window: int | None,
     isa: str,
     rng: np.random.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = ragged_batch(LONG, 16, rng)
-    cache = random_cache(batch.num_blocks, 3, 16, 32, dtype=dtype)
+    cache = random_cache(batch.num_blocks, 3, 16, 32, dtype=kv_dtype)
     q = torch.randn(batch.num_rows, 9, 32).to(dtype)
     before = native.num_threads()
+    # Exactly as much as it asks for: memory that is kept would be larger.
+    monkeypatch.setattr(
+        cpu_attention, "scratch", lambda op, nbytes: torch.empty(nbytes, dtype=torch.uint8)
+    )
     try:
         native.set_num_threads(1)
         whole = run(q, cache, batch, window)
@@ -75,21 +89,35 @@ def test_splits_and_threads_change_no_bit(
         native.set_num_threads(before)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.int8),
+        (torch.bfloat16, torch.int8),
+    ],
+)
 @pytest.mark.parametrize("window", [None, 300])
 def test_a_decode_is_the_last_row_of_a_prefill(
-    window: int | None, isa: str, threads: int, rng: np.random.Generator
+    window: int | None,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    isa: str,
+    threads: int,
+    rng: np.random.Generator,
 ) -> None:
     """Past several splits, and with blocks of rows that begin elsewhere."""
     length, heads = 1000, (6, 2, 64)
-    q_all = torch.randn(length, heads[0], heads[2]).bfloat16()
-    kv_all = torch.randn(length, 2, heads[1], heads[2]).bfloat16()
+    q_all = torch.randn(length, heads[0], heads[2]).to(dtype)
+    kv_all = to_rows(torch.randn(length, 2, heads[1], heads[2]), kv_dtype)
 
     def attend(first: int, last: int, before: Sequence[tuple[int, int]]) -> Tensor:
         batch = ragged_batch([*before, (last - first, last)], 16, rng)
-        cache = random_cache(batch.num_blocks, heads[1], 16, heads[2], dtype=torch.bfloat16)
+        cache = random_cache(batch.num_blocks, heads[1], 16, heads[2], dtype=kv_dtype)
         slots = batch.slots_of(len(before))
         cache[slots // 16, :, :, slots % 16] = kv_all[:last]
-        q = torch.randn(batch.num_rows, heads[0], heads[2]).bfloat16()
+        q = torch.randn(batch.num_rows, heads[0], heads[2]).to(dtype)
         begin = sum(query for query, _ in before)
         q[begin : begin + last - first] = q_all[first:last]
         return run(q, cache, batch, window)[begin : begin + last - first]
@@ -101,7 +129,7 @@ def test_a_decode_is_the_last_row_of_a_prefill(
 
 
 @pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     ("heads", "page_size"),
     [
@@ -164,18 +192,20 @@ def test_nan_stays_in_its_request(isa: str, rng: np.random.Generator) -> None:
     assert torch.equal(out, clean)
 
 
-def test_offsets_beyond_32_bits(isa: str) -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
+def test_offsets_beyond_32_bits(kv_dtype: torch.dtype, isa: str) -> None:
     """A cache of 2^31 elements and a few pages, of which the last pages are touched."""
     dim, page = 256, 16
     blocks = 2**31 // (2 * page * dim) + 4
-    cache = torch.empty((blocks, 2, 1, page, dim), dtype=torch.bfloat16)
+    cache = torch.empty((blocks, 2, 1, page, row_size(dim, kv_dtype)), dtype=kv_dtype)
     last = torch.tensor([blocks - 1, blocks - 3])
-    cache[last] = torch.randn(2, 2, 1, page, dim).bfloat16()
+    cache[last] = to_rows(torch.randn(2, 2, 1, page, dim), kv_dtype)
     table = last[None].numpy()
     lengths = np.array([1]), np.array([20])
     batch = RaggedBatch(*lengths, table, np.array([-1]), np.array([19]), blocks, page)
     q = torch.randn(1, 2, dim).bfloat16()
-    keys, values = cache[last].permute(1, 0, 3, 2, 4).reshape(2, 32, 1, dim)[:, :20]
+    stored = from_rows(cache[last])
+    keys, values = stored.permute(1, 0, 3, 2, 4).reshape(2, 32, 1, dim)[:, :20]
     expected = naive_attention(q, keys, values, dim**-0.5)
     assert_close(run(q, cache, batch), expected, TOLERANCES["attention", torch.bfloat16])
 
@@ -236,6 +266,8 @@ def int32(*values: int) -> Tensor:
         ({"q": torch.zeros(8, 32, 4).transpose(1, 2)}, "q must have contiguous rows"),
         ({"out": torch.zeros(8, 4, 16)}, "out must have the shape and the dtype of q"),
         ({"kv_cache": torch.zeros(9, 2, 2, 16, 16)}, "kv_cache must be"),
+        ({"kv_cache": torch.zeros(9, 2, 2, 16, 32, dtype=torch.int8)}, "kv_cache must be"),
+        ({"kv_cache": torch.zeros(9, 2, 2, 16, 36)}, "kv_cache must be"),
         ({"kv_cache": torch.zeros(9, 2, 3, 16, 32)}, "4 heads of q cannot share 3 heads"),
         ({"seq_lens": torch.tensor([90, 5])}, "seq_lens must be int32"),
         ({"seq_lens": int32(90)}, "disagree on the requests"),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.dispatch import kernels_for
-from headrace_kernels.ops.checks import check
+from headrace_kernels.kv_format import row_size
+from headrace_kernels.ops.checks import check, check_cache
 
 __all__ = ["AttentionMetadata", "paged_attention"]
 
@@ -30,8 +31,9 @@ def paged_attention(
 
     Args:
         q: [T, H, D], H a multiple of K.
-        kv_cache: [B, 2, K, P, D]: K and V of a block, each head's page [P, D] contiguous. Of tokens
-            that do not exist it may hold anything, NaN included.
+        kv_cache: [B, 2, K, P, D], or int8 [B, 2, K, P, D + 4] (kv_format.py): K and V of a block,
+            each head's page contiguous. Of tokens that do not exist it may hold anything, NaN
+            included.
         metadata: lengths and block tables; one for all layers of a step.
         scale: factor on the products of q and k.
         sliding_window: a token sees so many tokens, itself included; None for all before it.
@@ -40,9 +42,10 @@ def paged_attention(
     """
     tokens, num_heads, head_dim = q.shape
     blocks, _, num_kv_heads, page_size, _ = kv_cache.shape
+    page = (page_size, row_size(head_dim, kv_cache.dtype))
     out = torch.empty_like(q) if out is None else out
     check("out", out, q, shape=q.shape)
-    check("kv_cache", kv_cache, q, shape=(blocks, 2, num_kv_heads, page_size, head_dim))
+    check_cache(kv_cache, q, shape=(blocks, 2, num_kv_heads, *page))
     check("slot_mapping", metadata.slot_mapping, q, shape=(tokens,), dtype=torch.int64)
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} heads of q cannot share {num_kv_heads} heads of the cache")

@@ -26,3 +26,9 @@ def check(
             raise ValueError(f"{name} must be of a float dtype, not {tensor.dtype}")
     elif tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
+
+
+def check_cache(kv_cache: Tensor, like: Tensor, *, shape: Sequence[int]) -> None:
+    """Raise ValueError unless this is a KV cache of this shape, of floats or int8."""
+    dtype = torch.int8 if kv_cache.dtype == torch.int8 else None
+    check("kv_cache", kv_cache, like, shape=shape, dtype=dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.dispatch import kernels_for
+from headrace_kernels.kv_format import head_dim_of
 from headrace_kernels.ops.checks import check
 
 
@@ -29,14 +30,16 @@ def rope_and_write_kv(
         qkv: [T, (H + 2 K) * D], contiguous: the heads of q, then k, then v.
         positions: [T] int64, each a row of cos_sin.
         cos_sin: [max_positions, 2, rot / 2] float32; rot = 0 rotates nothing.
-        kv_cache: [B, 2, K, P, D], of any strides.
+        kv_cache: [B, 2, K, P, D], of any strides; or int8 [B, 2, K, P, D + 4], whose rows are
+            written as kv_format.to_rows makes them.
         slot_mapping: [T] int64: block * P + offset to write to; -1 writes nothing.
         q_out: [T, H, D]; made in the dtype of qkv if None.
         q_norm, k_norm: [D] RMSNorm weights (QK-norm, Henry et al., arXiv 2010.04245), both or none.
         eps: of these norms.
     """
     tokens, width = qkv.shape
-    _, two, num_kv_heads, _, head_dim = kv_cache.shape
+    _, two, num_kv_heads, _, _ = kv_cache.shape
+    head_dim = head_dim_of(kv_cache)
     heads, rest = divmod(width, head_dim)
     if rest or heads <= 2 * num_kv_heads or two != 2:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.kv_format import from_rows
 from headrace_kernels.reference.attention_plan import (
     TILE,
     AttentionPlan,
@@ -74,7 +75,7 @@ def _decode(
 
     scores = torch.empty((items, heads, rows, TILE), dtype=torch.float32, device=q.device)
     for first, last, key_pages in plan.key_pages:
-        keys = _gather(pages, key_pages, dim)
+        keys = _gather(pages, key_pages, layout)
         torch.bmm(
             queries[first:last].view(-1, rows, dim),
             keys.transpose(1, 2),
@@ -90,7 +91,7 @@ def _decode(
     sums = scores.sum(-1)
     weighted = torch.empty((items, heads, rows, dim), dtype=torch.float32, device=q.device)
     for (first, last, value_pages), dead in zip(plan.value_pages, plan.dead_values, strict=True):
-        values = _gather(pages, value_pages, dim)
+        values = _gather(pages, value_pages, layout)
         values.view(-1, dim).index_fill_(0, dead, 0.0)
         torch.bmm(
             scores[first:last].view(-1, rows, TILE),
@@ -127,7 +128,7 @@ def _prefill(
     tile_scores = []
     for tile in block.tiles:
         seen = slice(tile.first_row, tile.last_row)
-        keys = _gather(pages, tile.key_pages, dim)
+        keys = _gather(pages, tile.key_pages, layout)
         scores = torch.bmm(queries[:, seen], keys.transpose(1, 2))
         if soft_cap is not None:
             scores.div_(soft_cap).tanh_().mul_(soft_cap)
@@ -141,7 +142,7 @@ def _prefill(
     for tile, scores in zip(block.tiles, tile_scores, strict=True):
         seen = slice(tile.first_row, tile.last_row)
         scores.sub_(row_max[:, seen].unsqueeze(-1)).exp_()
-        values = _gather(pages, tile.value_pages, dim)
+        values = _gather(pages, tile.value_pages, layout)
         values[:, tile.num_tokens :].zero_()
         total[:, seen] += scores.sum(-1, keepdim=True)
         accumulator[:, seen] += torch.bmm(scores, values)
@@ -150,6 +151,6 @@ def _prefill(
     out_rows.view(tokens, heads, group, dim).copy_(result.transpose(0, 1))
 
 
-def _gather(pages: Tensor, head_pages: Tensor, head_dim: int) -> Tensor:
+def _gather(pages: Tensor, head_pages: Tensor, layout: CacheLayout) -> Tensor:
     """Read pages of single heads as fp32 tiles: [len(head_pages) * P / TILE, TILE, D]."""
-    return pages.index_select(0, head_pages).float().view(-1, TILE, head_dim)
+    return from_rows(pages.index_select(0, head_pages).view(-1, TILE, layout.row_size))

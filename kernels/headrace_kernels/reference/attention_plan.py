@@ -30,41 +30,42 @@ def padded_rows(rows: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """How one layer's [B, 2, K, P, D] cache lies in memory, counted in head pages of P * D."""
+    """How one layer's [B, 2, K, P, row] cache lies in memory, counted in head pages of P rows."""
 
     num_kv_heads: int
     page_size: int
-    head_dim: int
+    row_size: int
+    """D, and more where rows have scales."""
     block_stride: int
     kv_stride: int
     head_stride: int
 
     @classmethod
     def of(cls, kv_cache: Tensor) -> CacheLayout:
-        _, _, num_kv_heads, page_size, head_dim = kv_cache.shape
+        _, _, num_kv_heads, page_size, row_size = kv_cache.shape
         strides = kv_cache.stride()
-        page = page_size * head_dim
+        page = page_size * row_size
         assert TILE % page_size == 0, f"page size {page_size} does not divide {TILE}"
-        assert strides[3:] == (head_dim, 1), "the page of one head must be contiguous"
+        assert strides[3:] == (row_size, 1), "the page of one head must be contiguous"
         assert all(stride % page == 0 for stride in strides[:3])
         return cls(
             num_kv_heads,
             page_size,
-            head_dim,
+            row_size,
             block_stride=strides[0] // page,
             kv_stride=strides[1] // page,
             head_stride=strides[2] // page,
         )
 
     def head_pages(self, kv_cache: Tensor) -> Tensor:
-        """The cache as [rows, P * D]; row numbers come from `rows`."""
+        """The cache as [head pages, P * row]; their numbers come from `rows`."""
         blocks = kv_cache.shape[0]
         last = (
             (blocks - 1) * self.block_stride
             + self.kv_stride
             + (self.num_kv_heads - 1) * self.head_stride
         )
-        page = self.page_size * self.head_dim
+        page = self.page_size * self.row_size
         return kv_cache.as_strided((last + 1, page), (page, 1))
 
     def rows(self, blocks: IndexArray, values: bool) -> IndexArray:
@@ -193,7 +194,7 @@ class _Planner:
         items = np.where(nth < counts[:, None], items, np.arange(len(counts))[:, None])
 
         blocks = self.tiles[requests[request], tile]
-        tile_bytes = 4 * self.layout.num_kv_heads * TILE * self.layout.head_dim
+        tile_bytes = 4 * self.layout.num_kv_heads * TILE * self.layout.row_size
         step = max(1, DECODE_SCRATCH_BYTES // tile_bytes)
         slices = [(i, min(i + step, len(tile))) for i in range(0, len(tile), step)]
         return DecodePlan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headrace_kernels.kv_format import to_rows
 from headrace_kernels.reference.norm import rms_norm
 
 
@@ -32,11 +33,8 @@ def rope_and_write_kv(
     qk = _rotate(qk, cos_sin.index_select(0, positions))
     q_out.copy_(qk[:, :num_heads])
 
-    keys_values = torch.empty(
-        (num_tokens, 2, num_kv_heads, head_dim), dtype=kv_cache.dtype, device=kv_cache.device
-    )
-    keys_values[:, 0] = qk[:, num_heads:]
-    keys_values[:, 1] = heads[:, num_heads + num_kv_heads :]
+    keys, values = qk[:, num_heads:], heads[:, num_heads + num_kv_heads :]
+    keys_values = torch.stack([to_rows(x, kv_cache.dtype) for x in (keys, values)], dim=1)
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     by_token = kv_cache.permute(0, 3, 1, 2, 4)

@@ -35,7 +35,12 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """(bytes of weights read, bytes in all)"""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 HASH_KEY_BYTES = 64  # blake2b's longest key
 
 
@@ -64,7 +69,7 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         running,
         block_size=resolved.block_size,
         key=key or secrets.token_bytes(HASH_KEY_BYTES),
-        kv_dtype=resolved.dtype,
+        kv_dtype=resolved.kv_cache_dtype,
         enable_prefix_caching=resolved.enable_prefix_caching,
     )
     scheduler = Scheduler(
@@ -79,7 +84,7 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         num_blocks=resolved.num_blocks,
         block_size=resolved.block_size,
         device=torch.device(resolved.device),
-        kv_dtype=DTYPES[resolved.dtype],
+        kv_dtype=DTYPES[resolved.kv_cache_dtype],
         pad_to=max(part.row_multiple for part in model.modules() if isinstance(part, Matrix)),
     )
     info = ModelInfo(

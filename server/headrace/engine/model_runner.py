@@ -18,6 +18,7 @@ from headrace.engine.sampling_batch import sampling_columns
 from headrace.models.base import CausalLM
 from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.cpu import pages
+from headrace_kernels.kv_format import row_size
 from headrace_kernels.ops.sampling import token_logprobs
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class ModelRunner:
         config = model.config
         # All layers of a block are contiguous: one copy swaps or sends a block. `empty` commits
         # memory only as blocks are first written.
-        page = (2, config.num_kv_heads, block_size, config.head_dim)
+        page = (2, config.num_kv_heads, block_size, row_size(config.head_dim, kv_dtype))
         shape = (num_blocks, config.num_layers, *page)
         if device.type == "cpu":
             self._kv_cache = pages.empty(*shape, dtype=kv_dtype)

@@ -41,6 +41,7 @@ def make_plan(config: EngineConfig) -> Plan:
         num_parameters=model.num_parameters,
         max_position_embeddings=model.max_position_embeddings,
         kv_elements_per_token=model.kv_elements_per_token,
+        kv_rows_per_token=model.kv_rows_per_token,
         checkpoint_dtype=model.checkpoint_dtype,
         vocab_size=model.vocab_size,
         packed_parameters=packed_parameters,

@@ -39,6 +39,8 @@ class ModelFacts:
     max_position_embeddings: int
     kv_elements_per_token: int
     """2 * layers * K * D"""
+    kv_rows_per_token: int
+    """2 * layers * K: so many scales belong to the elements of an int8 cache."""
     checkpoint_dtype: str
     """float32, bfloat16, float16, or a quantization name."""
     vocab_size: int
@@ -67,6 +69,7 @@ class ResolvedConfig:
     cpu_isa: str
     """Of the C++ kernels; "none" where they do not run."""
     dtype: str
+    kv_cache_dtype: str
     block_size: int
     num_blocks: int
     max_model_len: int
@@ -92,7 +95,8 @@ class ResolvedConfig:
         return self.kv_capacity_tokens / self.max_model_len
 
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+INT8_SCALE_BYTES = 4
 CPU_KV_SHARE, GPU_KV_SHARE = 0.25, 0.90
 CPU_KV_LIMIT = 4 * GIB
 CPU_ISAS = ("scalar", "avx2", "avx512")
@@ -119,7 +123,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         raise _budget_too_small(budget, max_num_seqs)
     dtype, pick.why["dtype"] = _resolve_dtype(config, hardware, model)
     weights, weight_bytes = _weights(pick, config, dtype, hardware, model)
-    kv_bytes_per_token = model.kv_elements_per_token * DTYPE_BYTES[dtype]
+    kv_cache_dtype, kv_bytes_per_token = _kv_cache_type(pick, config, dtype, hardware, model)
     limit = model.max_position_embeddings
     max_model_len = pick(
         "max_model_len", config.model_options.max_model_len, limit, "the model's own limit"
@@ -146,6 +150,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         threads=threads,
         cpu_isa=cpu_isa,
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
@@ -206,6 +211,22 @@ def _why_weights_are_not_packed(config: EngineConfig, hardware: Hardware, model:
     if hardware.device != "cpu" or not hardware.has_native:
         return f"no kernels for packed weights run on {hardware.device}"
     return ""
+
+
+def _kv_cache_type(
+    pick: _Picker, config: EngineConfig, dtype: str, hardware: Hardware, model: ModelFacts
+) -> tuple[str, int]:
+    """The type of the KV cache, and the bytes that a token takes in it."""
+    given = config.cache.kv_cache_dtype
+    chosen = dtype if given == "auto" else given
+    pick.why["kv_cache_dtype"] = "that of dtype" if given == "auto" else "given"
+    if hardware.device != "cpu" and chosen != dtype:
+        raise ConfigError(
+            f"kv_cache_dtype {chosen} runs on a CPU only; on {hardware.device} it is {dtype}, "
+            "like dtype. Leave --kv-cache-dtype at auto."
+        )
+    scales = INT8_SCALE_BYTES * model.kv_rows_per_token if chosen == "int8" else 0
+    return chosen, model.kv_elements_per_token * DTYPE_BYTES[chosen] + scales
 
 
 def _automatic_kv_bytes(free: int, useful: int, *, on_cpu: bool) -> tuple[int, str]:

@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, kv_cache: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """x: [T, E], positions: [T] int64, kv_cache: [B, 2, K, P, D], written here -> [T, E]."""
+        """x: [T, E], positions: [T] int64, kv_cache: as ops.rope has it, written here -> [T, E]."""
         qkv = self.qkv_proj(x)
         context, shape = self._context, (x.shape[0], self.num_heads, self.head_dim)
         q = context.activations("q", *shape)

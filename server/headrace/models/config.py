@@ -74,7 +74,12 @@ class ModelConfig:
     @property
     def kv_elements_per_token(self) -> int:
         """Values of K and V that a token keeps in the cache, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return self.kv_rows_per_token * self.head_dim
+
+    @property
+    def kv_rows_per_token(self) -> int:
+        """K and V of each head and layer."""
+        return 2 * self.num_layers * self.num_kv_heads
 
     @classmethod
     def from_hf(

@@ -7,8 +7,9 @@
 // the splits are merged in ascending order. One thread may walk all splits of a block, or many
 // threads some each: the arithmetic is the same, and so is every bit.
 //
-// q.k is exact products summed in fp32 in ascending order of the channels, from bf16 or fp32;
-// weights stay fp32 and are multiplied with values widened to fp32.
+// q.k is exact products summed in fp32 in ascending order of the channels, of what is stored;
+// weights stay fp32 and are multiplied with values widened to fp32. An int8 cache has a scale for
+// each token: q.k is multiplied by that of the key, a weight by that of the value.
 #pragma once
 
 #include <algorithm>
@@ -55,6 +56,7 @@ struct Workspace {
     // The positions that a row sees are [first[r], last[r]).
     int32_t first[MAX_ROWS], last[MAX_ROWS];
     const void* tokens[2][TILE];
+    TokenScales scales;
 
     Partial split() { return {split_values, split_max, split_sum}; }
     Partial total() { return {total_values, total_max, total_sum}; }
@@ -248,9 +250,9 @@ class Worker {
         int offset = (tile + span.first) % page_size;
         for (int j = span.first; j < span.last; ++page, offset = 0) {
             const Cache* key =
-                pages_ + int64_t{table_[page]} * batch_.block_stride + offset * batch_.dim;
+                pages_ + int64_t{table_[page]} * batch_.block_stride + offset * batch_.row_size;
             const int end = std::min(span.last, j + page_size - offset);
-            for (; j < end; ++j, key += batch_.dim) tokens[j] = key;
+            for (; j < end; ++j, key += batch_.row_size) tokens[j] = key;
         }
         std::fill(tokens, tokens + span.first, tokens[span.first]);
         std::fill(tokens + span.last, tokens + TILE, tokens[span.first]);
@@ -260,7 +262,20 @@ class Worker {
     Ahead ahead(int tile, const void* const* tokens, int64_t offset) const {
         const Span span = seen(tile);
         constexpr int64_t SIZE = sizeof(Cache);
-        return {tokens, offset * SIZE, batch_.dim * SIZE, span.first, span.last};
+        return {tokens, offset * SIZE, batch_.row_size * SIZE, span.first, span.last};
+    }
+
+    // Those of an int8 cache.
+    const TokenScales* load_scales(const Cache* const* keys, const Span& span) {
+        if constexpr (std::is_same_v<Cache, int8_t>) {
+            for (int j = span.first; j < span.last; ++j) {
+                const Cache* const behind = keys[j] + batch_.dim;
+                std::memcpy(&own_.scales.keys[j], behind, sizeof(float));
+                std::memcpy(&own_.scales.values[j], behind + batch_.kv_stride, sizeof(float));
+            }
+            return &own_.scales;
+        }
+        return nullptr;
     }
 
     void attend(int split, const Partial& partial) {
@@ -304,7 +319,7 @@ class Worker {
         Tiles::score(own_.queries + begin * Tiles::query_size(dim), rows, columns, dim, own_.keys,
                      own_.scores, next_keys);
         Tiles::soften(own_.scores, rows, span.last, tile, first + begin, last + begin, batch_.scale,
-                      batch_.soft_cap, of_rows, own_.factor);
+                      batch_.soft_cap, load_scales(keys, span), of_rows, own_.factor);
         Tiles::weigh(own_.scores, rows, keys, batch_.kv_stride, span.first, span.last, dim,
                      own_.factor, own_.values, of_rows.values, next_values);
         next_values.fetch(0, span.first);

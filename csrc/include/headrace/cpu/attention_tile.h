@@ -7,6 +7,7 @@ using attention::Ahead;
 using attention::LOWEST;
 using attention::Partial;
 using attention::TILE;
+using attention::TokenScales;
 
 // The rows of a matrix of floats, and values where the cache has them.
 struct Dense {
@@ -151,17 +152,21 @@ HEADRACE_INLINE Vec soft_capped(Vec x, float cap) {
 
 // Turns products [rows, TILE] into weights exp(score - maximum so far); row r sees the columns from
 // first[r] - start to last[r] - start, and none sees any from `columns` on, whose weights would be
-// zeros in a sum. factor[r] is what earlier weights lose to the new maximum.
+// zeros in a sum. factor[r] is what earlier weights lose to the new maximum. With `scales`,
+// products are multiplied by those of the keys first, and weights by those of the values behind
+// their sum.
 inline void soften_rows(float* scores, int rows, int columns, int start, const int* first,
-                        const int* last, float scale, float soft_cap, const Partial& partial,
-                        float* factor) {
+                        const int* last, float scale, float soft_cap, const TokenScales* scales,
+                        const Partial& partial, float* factor) {
     for (int r = 0; r < rows; ++r) {
         float* row = scores + r * TILE;
         Vec top = Vec::set(partial.max[r]);
 #pragma GCC unroll 4
         for (int v = 0; v < TILE; v += LANES) {
             if (v >= columns) break;
-            Vec x = Vec::load(row + v) * Vec::set(scale);
+            Vec x = Vec::load(row + v);
+            if (scales) x = x * Vec::load(scales->keys + v);
+            x = x * Vec::set(scale);
             if (soft_cap > 0) x = soft_capped(x, soft_cap);
             x = keep_lanes(x, first[r] - start - v, last[r] - start - v);
             x.store(row + v);
@@ -182,7 +187,7 @@ inline void soften_rows(float* scores, int rows, int columns, int start, const i
             x[v] = Vec::set(0.0F);
             if (v * LANES >= columns) continue;
             x[v] = exp_nonpositive(Vec::load(row + v * LANES) - Vec::set(partial.max[r]));
-            x[v].store(row + v * LANES);
+            (scales ? x[v] * Vec::load(scales->values + v * LANES) : x[v]).store(row + v * LANES);
         }
         const float sum = lane_sum((x[0] + x[1]) + (x[2] + x[3]));
         partial.sum[r] = partial.sum[r] * factor[r] + sum;

@@ -25,8 +25,9 @@ constexpr float LOWEST = std::numeric_limits<float>::lowest();
 struct Batch {
     const void* q;  // [T, heads, dim]
     int64_t q_stride;
-    const void* kv_cache;  // [B, 2, kv_heads, page_size, dim], a page contiguous
+    const void* kv_cache;  // [B, 2, kv_heads, page_size, row_size], a page contiguous
     int64_t block_stride, kv_stride, head_stride;
+    int64_t row_size;                // dim, and behind int8 values the 4 bytes of their float scale
     const int32_t* query_start_loc;  // [requests + 1]
     const int32_t* seq_lens;         // [requests]
     const int32_t* block_table;      // [requests, at least what seq_lens needs]
@@ -75,6 +76,12 @@ struct Ahead {
     }
     // Of several blocks of rows and columns the first does it.
     Ahead once(int64_t row, int64_t column) const { return row + column == 0 ? *this : Ahead{}; }
+};
+
+// Of the tokens of a tile in an int8 cache.
+struct TokenScales {
+    alignas(64) float keys[TILE];
+    alignas(64) float values[TILE];
 };
 
 // Scores, maxima and weighted values of some rows over some tokens: values / sum is the result.

@@ -1,5 +1,5 @@
 // What attention_tile.h needs beyond vec.h on each instruction set: the numbers of registers, a
-// transpose, a mask of lanes, the sum and the largest of the lanes, and channels of packed keys.
+// transpose, a mask of lanes, the sum and the largest of the lanes, the channels of a word of keys.
 #pragma once
 
 #include <cmath>
@@ -59,6 +59,14 @@ HEADRACE_INLINE Vec widen(bf16, Vec word, int channel) {
         std::memcpy(&bits, &lane, sizeof bits);
         bits = channel == 0 ? bits << 16 : bits & 0xffff0000;
         std::memcpy(&lane, &bits, sizeof bits);
+    }
+    return word;
+}
+HEADRACE_INLINE Vec widen(int8_t, Vec word, int channel) {
+    for (float& lane : word.lane) {
+        int8_t channels[4];
+        std::memcpy(channels, &lane, sizeof channels);
+        lane = channels[channel];
     }
     return word;
 }
@@ -166,6 +174,13 @@ HEADRACE_AVX2 __m256 widen_8(__m256 word, int channel) {
 HEADRACE_AVX2 Vec widen(bf16, Vec word, int channel) {
     return {widen_8(word.low, channel), widen_8(word.high, channel)};
 }
+HEADRACE_AVX2 __m256 widen_8_bytes(__m256 word, int channel) {
+    const __m256i top = _mm256_slli_epi32(_mm256_castps_si256(word), 24 - 8 * channel);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+}
+HEADRACE_AVX2 Vec widen(int8_t, Vec word, int channel) {
+    return {widen_8_bytes(word.low, channel), widen_8_bytes(word.high, channel)};
+}
 
 }  // namespace avx2::tiles
 
@@ -229,6 +244,10 @@ HEADRACE_AVX512 Vec widen(bf16, Vec word, int channel) {
     const __m512i bits = _mm512_castps_si512(word.value);
     return {_mm512_castsi512_ps(channel == 0 ? _mm512_slli_epi32(bits, 16)
                                              : _mm512_and_si512(bits, _mm512_set1_epi32(-65536)))};
+}
+HEADRACE_AVX512 Vec widen(int8_t, Vec word, int channel) {
+    const __m512i top = _mm512_slli_epi32(_mm512_castps_si512(word.value), 24 - 8 * channel);
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24))};
 }
 
 }  // namespace avx512::tiles

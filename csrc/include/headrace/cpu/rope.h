@@ -5,6 +5,9 @@
 #define HEADRACE_CPU_ROPE_SHAPE
 namespace headrace::cpu {
 
+// The largest head that is quantized.
+constexpr int64_t MAX_QUANTIZED_DIM = 512;
+
 // What the tokens of a call have in common; lengths and strides count elements.
 struct RopeShape {
     int64_t num_heads, num_kv_heads, head_dim;
@@ -57,6 +60,29 @@ HEADRACE_INLINE void rope_head(const In* head, const float* cos, const float* si
     rotate_head<true>(head, cos, sin, half, head_dim, scale, norm, out);
 }
 
+// The integers of x, and behind them their scale.
+template <class In>
+HEADRACE_INLINE void quantize_row(const In* x, int64_t size, int8_t* out) {
+    constexpr float LIMIT = 127.0F;
+    Vec top = Vec::set(0.0F), poison = Vec::set(0.0F);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Vec value = load_first(x + i, size - i);
+        top = Vec::max(top, Vec::max(value, Vec::set(0.0F) - value));
+        poison = Vec::fma(value, Vec::set(0.0F), poison);  // NaN, if there is NaN or infinity
+    }
+    float lane[LANES];
+    top.store(lane);
+    const float largest = *std::max_element(lane, lane + LANES);
+    const Vec factor = Vec::set(largest > 0.0F ? LIMIT / largest : 0.0F);
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Vec value = load_first(x + i, size - i) * factor;
+        const Vec within = Vec::max(Vec::set(-LIMIT), Vec::min(Vec::set(LIMIT), value));
+        store_first(within.round(), out + i, size - i);
+    }
+    const float scale = largest / LIMIT + sum_of_lanes(poison);
+    std::memcpy(out + size, &scale, sizeof scale);
+}
+
 // The heads of q, k and v of one token. `key` and `value` are where its first head of each goes in
 // the cache, null if nowhere.
 template <class In, class Cache>
@@ -72,15 +98,26 @@ void rope_token(const RopeShape& shape, const In* qkv, const float* cos_sin, In*
     const In* const k = qkv + shape.num_heads * shape.head_dim;
     const In* const v = k + shape.num_kv_heads * shape.head_dim;
     for (int64_t h = 0; h < shape.num_kv_heads; ++h) {
-        rope_head(k + h * shape.head_dim, cos, sin, shape.half, shape.head_dim, shape.k_norm,
-                  shape.eps, key + h * shape.cache_head_stride);
-        Cache* const to = value + h * shape.cache_head_stride;
-        const In* const from = v + h * shape.head_dim;
-        if constexpr (std::is_same_v<In, Cache>) {
-            std::memcpy(to, from, shape.head_dim * sizeof(In));
+        const In* const own_k = k + h * shape.head_dim;
+        const In* const own_v = v + h * shape.head_dim;
+        Cache* const key_row = key + h * shape.cache_head_stride;
+        Cache* const value_row = value + h * shape.cache_head_stride;
+        if constexpr (std::is_same_v<Cache, int8_t>) {
+            float rotated[MAX_QUANTIZED_DIM];
+            rope_head(own_k, cos, sin, shape.half, shape.head_dim, shape.k_norm, shape.eps,
+                      rotated);
+            quantize_row(rotated, shape.head_dim, key_row);
+            quantize_row(own_v, shape.head_dim, value_row);
         } else {
-            for (int64_t i = 0; i < shape.head_dim; i += LANES) {
-                store_first(load_first(from + i, shape.head_dim - i), to + i, shape.head_dim - i);
+            rope_head(own_k, cos, sin, shape.half, shape.head_dim, shape.k_norm, shape.eps,
+                      key_row);
+            if constexpr (std::is_same_v<In, Cache>) {
+                std::memcpy(value_row, own_v, shape.head_dim * sizeof(In));
+            } else {
+                for (int64_t i = 0; i < shape.head_dim; i += LANES) {
+                    const int64_t count = shape.head_dim - i;
+                    store_first(load_first(own_v + i, count), value_row + i, count);
+                }
             }
         }
     }

@@ -57,6 +57,11 @@ struct Vec {
         }
         return result;
     }
+    static Vec load(const int8_t* from) {
+        Vec result;
+        for (int i = 0; i < LANES; ++i) result.lane[i] = from[i];
+        return result;
+    }
     void store(float* to) const { std::memcpy(to, lane, sizeof lane); }
     // Rounds to nearest, ties to even; NaN stays NaN.
     void store(bf16* to) const {
@@ -65,6 +70,12 @@ struct Vec {
             std::memcpy(&bits, &lane[i], sizeof bits);
             const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
             to[i].bits = (lane[i] != lane[i] ? bits | 0x400000 : rounded) >> 16;
+        }
+    }
+    // Of integers from -127 to 127; of NaN, anything.
+    void store(int8_t* to) const {
+        for (int i = 0; i < LANES; ++i) {
+            to[i] = lane[i] == lane[i] ? static_cast<int8_t>(lane[i]) : int8_t{0};
         }
     }
     friend Vec operator+(Vec a, const Vec& b) {
@@ -132,6 +143,7 @@ struct Vec {
         return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
     }
     HEADRACE_AVX2 static Vec load(const bf16* from) { return {widen(from), widen(from + 8)}; }
+    HEADRACE_AVX2 static Vec load(const int8_t* from) { return {widen(from), widen(from + 8)}; }
     HEADRACE_AVX2 void store(float* to) const {
         _mm256_storeu_ps(to, low);
         _mm256_storeu_ps(to + 8, high);
@@ -140,6 +152,14 @@ struct Vec {
         const __m256i packed = _mm256_packus_epi32(narrow(low), narrow(high));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                             _mm256_permute4x64_epi64(packed, 0b11'01'10'00));
+    }
+    HEADRACE_AVX2 void store(int8_t* to) const {
+        const __m256i words =
+            _mm256_packs_epi32(_mm256_cvtps_epi32(low), _mm256_cvtps_epi32(high));
+        const __m256i ordered = _mm256_permute4x64_epi64(words, 0b11'01'10'00);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                         _mm_packs_epi16(_mm256_castsi256_si128(ordered),
+                                         _mm256_extracti128_si256(ordered, 1)));
     }
     HEADRACE_AVX2 friend Vec operator+(Vec a, Vec b) {
         return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
@@ -169,6 +189,10 @@ struct Vec {
     HEADRACE_AVX2 Vec exp2_of_integer() const { return {power(low), power(high)}; }
 
   private:
+    HEADRACE_AVX2 static __m256 widen(const int8_t* from) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+    }
     HEADRACE_AVX2 static __m256 widen(const bf16* from) {
         const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -205,7 +229,15 @@ struct Vec {
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
     }
+    HEADRACE_AVX512 static Vec load(const int8_t* from) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+    }
     HEADRACE_AVX512 void store(float* to) const { _mm512_storeu_ps(to, value); }
+    HEADRACE_AVX512 void store(int8_t* to) const {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                         _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
+    }
     // Not vcvtneps2bf16, which turns subnormal numbers into 0.
     HEADRACE_AVX512 void store(bf16* to) const {
         const __m512i bits = _mm512_castps_si512(value);
