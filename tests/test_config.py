@@ -97,7 +97,7 @@ def test_an_int8_cache_holds_almost_twice_the_tokens():
     default = resolve(EngineConfig(cache=CacheOptions(**memory)), CPU, SMALL)
     int8 = EngineConfig(cache=CacheOptions(**memory, kv_cache_dtype="int8"))
     resolved = resolve(int8, CPU, SMALL)
-    assert (default.kv_cache_dtype, default.why["kv_cache_dtype"]) == ("bfloat16", "dtype")
+    assert (default.kv_cache_dtype, default.why["kv_cache_dtype"]) == ("bfloat16", "that of dtype")
     assert (resolved.kv_cache_dtype, resolved.dtype) == ("int8", "bfloat16")
     assert resolved.kv_bytes_per_token == 2 * 30 * 3 * (64 + 4)
     assert resolved.kv_capacity_tokens / default.kv_capacity_tokens == pytest.approx(128 / 68, 1e-3)

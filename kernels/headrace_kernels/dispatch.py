@@ -23,11 +23,11 @@ from headrace_kernels.kv_format import head_dim_of
 logger = logging.getLogger(__name__)
 
 OPS = {
-    "embedding": ("embedding",),
     "norm": ("rms_norm", "add_rms_norm"),
     "rope": ("rope_and_write_kv",),
     "activation": ("silu_and_mul",),
     "attention": ("paged_attention",),
+    "embedding": ("embedding",),
     "linear": ("linear",),
     "quantized_linear": ("quantized_linear", "quantized_embedding"),
     "sampling": ("sample_tokens", "token_logprobs"),

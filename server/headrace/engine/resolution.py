@@ -111,14 +111,10 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
     pick.why["threads"] += _too_many_threads(threads, hardware.cores)
     cpu_isa, pick.why["cpu_isa"] = _resolve_cpu_isa(config.device.cpu_isa, hardware)
     block_size = pick("block_size", config.cache.block_size, 16 if on_cpu else 64, default)
-    seqs = config.scheduler.max_num_seqs
-    max_num_seqs = pick("max_num_seqs", seqs, 64 if on_cpu else 256, default)
-    budget = pick(
-        "max_num_batched_tokens",
-        config.scheduler.max_num_batched_tokens,
-        max(256 if on_cpu else 8192, max_num_seqs),
-        default,
-    )
+    given = config.scheduler
+    max_num_seqs = pick("max_num_seqs", given.max_num_seqs, 64 if on_cpu else 256, default)
+    tokens = max(256 if on_cpu else 8192, max_num_seqs)
+    budget = pick("max_num_batched_tokens", given.max_num_batched_tokens, tokens, default)
     if budget < max_num_seqs:
         raise _budget_too_small(budget, max_num_seqs)
     dtype, pick.why["dtype"] = _resolve_dtype(config, hardware, model)
