@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from headrace_kernels.bench import Case, run, sizes_in_bytes
+from headrace_kernels.bench import Case, sizes_in_bytes, table
 
 
 def cases() -> Iterator[Case]:
@@ -25,4 +25,5 @@ def cases() -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run(__doc__.splitlines()[0], "activation", cases())
+    for row in table(__doc__.splitlines()[0], "activation", cases()):
+        print(row, flush=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from headrace_kernels.bench import Case, run
+from headrace_kernels.bench import Case, table
 from headrace_kernels.testing import ragged_batch
 
 NUM_HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
@@ -55,4 +55,5 @@ def cases() -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run(__doc__.splitlines()[0], "attention", cases())
+    for row in table(__doc__.splitlines()[0], "attention", cases()):
+        print(row, flush=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from headrace_kernels.bench import Arithmetic, Case, in_turn, run
+from headrace_kernels.bench import Arithmetic, Case, in_turn, table
 
 SHAPES = (
     ("qkv", 960, 576),
@@ -43,4 +43,5 @@ def cases() -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run(__doc__.splitlines()[0], "linear", cases())
+    for row in table(__doc__.splitlines()[0], "linear", cases()):
+        print(row, flush=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from headrace_kernels.bench import Case, in_turn, run
+from headrace_kernels.bench import Case, in_turn, table
 from headrace_kernels.packed_format import PackedFormat
 from headrace_kernels.testing import random_packed
 
@@ -43,4 +43,5 @@ def cases() -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run(__doc__.splitlines()[0], "quantized_linear", cases())
+    for row in table(__doc__.splitlines()[0], "quantized_linear", cases()):
+        print(row, flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from headrace_kernels.bench import Case, run, sizes_in_bytes
+from headrace_kernels.bench import Case, sizes_in_bytes, table
 
 PAGE_SIZE = 16
 
@@ -35,4 +35,5 @@ def cases() -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run(__doc__.splitlines()[0], "rope", cases())
+    for row in table(__doc__.splitlines()[0], "rope", cases()):
+        print(row, flush=True)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,14 +127,14 @@ def in_turn(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return functools.partial(next, itertools.cycle(tensors))
 
 
-def run(
+def table(
     description: str, stem: str, cases: Iterable[Case], arguments: Sequence[str] | None = None
-) -> None:
-    """The whole of a script: parse the options, measure the limits, print a line a case."""
+) -> Iterator[str]:
+    """The whole of a script: parse the options, measure the limits, give a line a case."""
     budget = set_up(description, stem, arguments)
     ceilings = measure_ceilings(budget)
-    print(f"{native.cpu_isa()}, {native.num_threads()} threads; limits: {ceilings}")
-    print(
+    yield f"{native.cpu_isa()}, {native.num_threads()} threads; limits: {ceilings}"
+    yield (
         f"{'us a call':34}{'reference':>11}{'cpu':>10}{'':>8}{'KB':>9}{'MFLOP':>9}{'GB/s':>8}"
         f"{'TOPS':>8}  of the limit"
     )
@@ -142,11 +142,11 @@ def run(
     with torch.inference_mode():
         for case in cases:
             calls = [functools.partial(case.call, kernels) for kernels in choices]
-            print(line(case, ceilings, *medians(calls, 2 * budget)), flush=True)
+            yield line(case, ceilings, *medians(calls, 2 * budget))
 
 
 def line(case: Case, ceilings: Ceilings, reference: float, seconds: float) -> str:
-    """A row of the table that `run` prints."""
+    """A row of `table`."""
     limit, bound = ceilings.seconds(case)
     return (
         f"{case.name:34}{reference * 1e6:11.1f}{seconds * 1e6:10.1f}{reference / seconds:7.1f}x"
