@@ -24,6 +24,8 @@ SHAPES = (
     ("down", Q4_MINIMUM, 576, 1536),
     ("head", Q8, 49152, 576),
 )
+BITS = (("", 8, "int8"), (" exact", 16, "bf16"))
+"""Of activations, and the dot products that they limit."""
 
 
 def cases() -> Iterator[Case]:
@@ -32,14 +34,17 @@ def cases() -> Iterator[Case]:
         for rows in (1, 8, 16, 64, 256):
             x, out = torch.randn(rows, inner).bfloat16(), torch.empty(rows, outer).bfloat16()
             kind = f"q{fmt.bits}{'_1' if fmt.has_minimum else '_0'}"
-            yield Case(
-                f"{name} {kind} T={rows}",
-                lambda kernels, x=x, w=weight, o=out: kernels.quantized_linear(x, w(), None, o),
-                fmt.nbytes(outer, inner) + x.nbytes + out.nbytes,
-                operations=2 * rows * outer * inner,
-                arithmetic="int8",
-                from_memory=True,
-            )
+            for mode, bits, arithmetic in BITS:
+                yield Case(
+                    f"{name} {kind}{mode} T={rows}",
+                    lambda kernels, x=x, w=weight, f=fmt, b=bits, o=out: kernels.quantized_linear(
+                        x, w(), f, b, None, o
+                    ),
+                    fmt.nbytes(outer, inner) + x.nbytes + out.nbytes,
+                    operations=2 * rows * outer * inner,
+                    arithmetic=arithmetic,
+                    from_memory=True,
+                )
 
 
 if __name__ == "__main__":

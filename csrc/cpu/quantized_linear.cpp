@@ -49,8 +49,8 @@ struct Product {
     int64_t rows, groups, blocks;
 };
 
-// Parts of nearly equal size, at most `most`, of which there is a multiple of a number: rows in tiles,
-// column blocks in chunks.
+// Parts of nearly equal size, at most `most`, of which there is a multiple of a number: rows in
+// tiles, column blocks in chunks.
 struct Split {
     int64_t size, count;
 
@@ -102,8 +102,8 @@ void multiply(const Product& p, std::index_sequence<R...>) {
     });
 }
 
-// Tiles [first, last) of two column blocks, which are unpacked once. Meanwhile the weights that come
-// next, or with which this thread is likely to go on, are fetched.
+// Tiles [first, last) of two column blocks, which are unpacked once. Meanwhile the weights that
+// come next, or with which this thread is likely to go on, are fetched.
 template <class Isa, class F, size_t... R>
 void multiply_pair(const Product& p, int64_t block, int64_t first, int64_t last,
                    std::index_sequence<R...>) {
@@ -124,9 +124,8 @@ void multiply_pair(const Product& p, int64_t block, int64_t first, int64_t last,
         for (int64_t b = 0; b < width; ++b) {
             Isa::template unpack<F>(weights + b * stride + group * F::BYTES, groups, unpacked + b);
         }
-        const uint8_t* next = weights + (part + 1 < parts.count
-                                             ? parts.begin(part + 1) * F::BYTES
-                                             : 2 * cpu::num_threads() * stride);
+        const uint8_t* next = weights + (part + 1 < parts.count ? parts.begin(part + 1) * F::BYTES
+                                                                : 2 * cpu::num_threads() * stride);
         for (int64_t tile = first; tile < last; ++tile) {
             const int64_t begin = tiles.begin(tile), height = tiles.size_of(tile);
             const int64_t done = (tile - first) * lines_a_tile;

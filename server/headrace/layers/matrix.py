@@ -63,10 +63,14 @@ class Matrix(nn.Module):
             return
         assert self.packed, "the weights have not been read"
         bits = self._context.activation_bits
+        multiply = self._kernels.quantized_linear
+        if len(self.packed) == 1:
+            multiply(x, self.packed[0].weight, self.packed[0].fmt, bits, bias, out)
+            return
         for rows in self.packed:
             own = slice(rows.begin, rows.end)
             own_bias = None if bias is None else bias[own]
-            self._kernels.quantized_linear(x, rows.weight, rows.fmt, bits, own_bias, out[:, own])
+            multiply(x, rows.weight, rows.fmt, bits, own_bias, out[:, own])
 
     def rows(self, indices: Tensor, out: Tensor) -> None:
         """out = the rows of these indices. indices: [T] int64, out: [T, In] fp32."""

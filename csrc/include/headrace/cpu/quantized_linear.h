@@ -11,14 +11,14 @@
 
 namespace headrace::cpu::quantized {
 
-constexpr int GROUP = 32;   // values along K that are stored and multiplied together
-constexpr int COLUMNS = 16; // outputs of a column block
+constexpr int GROUP = 32;    // values along K that are stored and multiplied together
+constexpr int COLUMNS = 16;  // outputs of a column block
 
 // How a column block stores a group: the unsigned weights u of 16 columns in the order that
 // multiply-accumulate by fours takes them (of 8 bits: 8 times [column][4 of K]; of 4 bits: 4 times,
 // with K and K + 16 in a byte), then for each of PARTS equal parts of the group 16 scales d, then,
-// with a minimum, for each part 16 minima m; all in fp16, or in fp32 if WIDE. A weight is d * u + m,
-// or d * (u - ZERO) without a minimum.
+// with a minimum, for each part 16 minima m; all in fp16, or in fp32 if WIDE. A weight is d * u +
+// m, or d * (u - ZERO) without a minimum.
 template <int BITS_, bool MINIMUM_, int PARTS_, bool WIDE_>
 struct Format {
     static constexpr int BITS = BITS_;
@@ -53,8 +53,8 @@ bool with_format(int64_t code, Function&& f) {
 // The quads of K, 4 values each, of a part.
 constexpr int QUADS = GROUP / 4;
 
-// The same unpacked, for tiles of many rows: every format as bytes u, and for each part the pairs of
-// int16 (sum of u, ZERO), d and m.
+// The same unpacked, for tiles of many rows: every format as bytes u, and for each part the pairs
+// of int16 (sum of u, ZERO), d and m.
 template <int PARTS>
 struct alignas(64) UnpackedGroup {
     uint8_t u[QUADS][4 * COLUMNS];
@@ -64,8 +64,8 @@ struct alignas(64) UnpackedGroup {
 };
 
 // A tile of R rows of activations stores a group as int8 q[R][32], then for each row the scale s,
-// and for each row of each part s * sum(q - z) and the pair of int16 (-z, -sum(q - z)). An activation
-// is s * (q - z).
+// and for each row of each part s * sum(q - z) and the pair of int16 (-z, -sum(q - z)). An
+// activation is s * (q - z).
 constexpr int row_bytes(int parts) { return GROUP + 4 + 8 * parts; }
 
 struct ActivationGroup {
@@ -109,17 +109,18 @@ HEADRACE_INLINE float from_fp16(uint16_t bits) {
     // Exponent and mantissa where fp32 has them, then the difference of the biases as a product,
     // which is right for subnormal values too.
     const uint32_t magnitude = (bits & 0x7FFFu) << 13;
-    const float value = magnitude >= 0x0F800000u
-                            ? std::bit_cast<float>(magnitude | 0x7F800000u)
-                            : std::bit_cast<float>(magnitude) * 0x1p112f;
+    const float value = magnitude >= 0x0F800000u ? std::bit_cast<float>(magnitude | 0x7F800000u)
+                                                 : std::bit_cast<float>(magnitude) * 0x1p112f;
     return (bits & 0x8000) ? -value : value;
 }
 
 // The scale or minimum of a column, of those that begin at `from`.
 template <class F>
 HEADRACE_INLINE float scale_of(const uint8_t* from, int column) {
-    if constexpr (F::WIDE) return load<float>(from + 4 * column);
-    else return from_fp16(load<uint16_t>(from + 2 * column));
+    if constexpr (F::WIDE)
+        return load<float>(from + 4 * column);
+    else
+        return from_fp16(load<uint16_t>(from + 2 * column));
 }
 
 // The integer u of a column and a value of K.
@@ -165,8 +166,10 @@ struct Output {
   private:
     template <class T>
     static HEADRACE_INLINE void copy(T* to, const T* from, int64_t width) {
-        if (width == COLUMNS) std::memcpy(to, from, sizeof(T) * COLUMNS);
-        else std::memcpy(to, from, sizeof(T) * width);
+        if (width == COLUMNS)
+            std::memcpy(to, from, sizeof(T) * COLUMNS);
+        else
+            std::memcpy(to, from, sizeof(T) * width);
     }
 };
 

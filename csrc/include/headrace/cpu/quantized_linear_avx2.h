@@ -15,9 +15,11 @@ struct Avx2 {
 
     template <class Value>
     HEADRACE_TARGET_AVX2 static HEADRACE_INLINE __m256 values(const Value* x) {
-        if constexpr (sizeof(Value) == 4) return _mm256_loadu_ps(x);
-        else return _mm256_castsi256_ps(_mm256_slli_epi32(
-            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16));
+        if constexpr (sizeof(Value) == 4)
+            return _mm256_loadu_ps(x);
+        else
+            return _mm256_castsi256_ps(_mm256_slli_epi32(
+                _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))), 16));
     }
 
     template <class Value, int PARTS>
@@ -55,8 +57,8 @@ struct Avx2 {
                                         _mm256_set1_epi32(quantizer.zero_point));
             }
             // Packing interleaves the halves of its operands; the permutation undoes both times.
-            const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
-                                                     _mm256_packs_epi32(q[2], q[3]));
+            const __m256i bytes =
+                _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
             const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
             const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, order);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), ordered);

@@ -49,8 +49,8 @@ struct Avx512 {
         for (int i = 0; i < 2; ++i) {
             c[i] = Op::of(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
         }
-        const __m512 d = Op::of(_mm512_shuffle_ps(c[0], c[1], 0x44),
-                                _mm512_shuffle_ps(c[0], c[1], 0xEE));
+        const __m512 d =
+            Op::of(_mm512_shuffle_ps(c[0], c[1], 0x44), _mm512_shuffle_ps(c[0], c[1], 0xEE));
         const __m512i lane_of =
             _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
         return _mm512_permutexvar_ps(lane_of, d);
@@ -58,9 +58,12 @@ struct Avx512 {
 
     template <class Value>
     HEADRACE_TARGET_AVX512 static HEADRACE_INLINE __m512 values(const Value* x) {
-        if constexpr (sizeof(Value) == 4) return _mm512_loadu_ps(x);
-        else return _mm512_castsi512_ps(_mm512_slli_epi32(
-            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16));
+        if constexpr (sizeof(Value) == 4)
+            return _mm512_loadu_ps(x);
+        else
+            return _mm512_castsi512_ps(_mm512_slli_epi32(
+                _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))),
+                16));
     }
 
     // Sixteen groups of the tile at a time, so that their extremes, scales and sums are lanes.
@@ -108,11 +111,10 @@ struct Avx512 {
         const __mmask16 divides =
             fine & _mm512_cmp_ps_mask(range, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
         const __m512 inverse = _mm512_maskz_div_ps(divides, most, range);
-        const __m512 scale =
-            _mm512_mask_div_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000)), fine, range, most);
+        const __m512 scale = _mm512_mask_div_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000)),
+                                                fine, range, most);
         const __m512i z = _mm512_maskz_sub_epi32(
-            fine, _mm512_set1_epi32(-128),
-            _mm512_cvtps_epi32(_mm512_mul_ps(lowest, inverse)));
+            fine, _mm512_set1_epi32(-128), _mm512_cvtps_epi32(_mm512_mul_ps(lowest, inverse)));
         alignas(64) float inverses[16];
         alignas(64) int32_t zero_points[16];
         _mm512_store_ps(inverses, inverse);
@@ -131,9 +133,8 @@ struct Avx512 {
                 const __m512 scaled = _mm512_mul_ps(values(from[i] + 16 * half), by);
                 q[half] = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), add);
                 q[half] = _mm512_max_epi32(_mm512_min_epi32(q[half], largest), smallest);
-                _mm_storeu_si128(
-                    reinterpret_cast<__m128i*>(to[i] + row_of[i] * GROUP + 16 * half),
-                    _mm512_cvtepi32_epi8(q[half]));
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to[i] + row_of[i] * GROUP + 16 * half),
+                                 _mm512_cvtepi32_epi8(q[half]));
             }
             if constexpr (PARTS == 1) {
                 sums[0][i] = _mm512_castsi512_ps(_mm512_add_epi32(q[0], q[1]));
@@ -145,9 +146,9 @@ struct Avx512 {
         alignas(64) float scales[16];
         _mm512_store_ps(scales, scale);
         for (int part = 0; part < PARTS; ++part) {
-            const __m512i sum = _mm512_sub_epi32(
-                _mm512_castps_si512(reduce<Sum>(sums[part])),
-                _mm512_mullo_epi32(z, _mm512_set1_epi32(GROUP / PARTS)));
+            const __m512i sum =
+                _mm512_sub_epi32(_mm512_castps_si512(reduce<Sum>(sums[part])),
+                                 _mm512_mullo_epi32(z, _mm512_set1_epi32(GROUP / PARTS)));
             const __m512i none = _mm512_setzero_si512();
             alignas(64) float scaled_sums[16];
             alignas(64) int32_t offsets[16];
@@ -233,11 +234,12 @@ struct Avx512 {
         }
     }
 
-    // Two column blocks side by side, added to totals [R][2][16]: a broadcast activation serves both.
+    // Two column blocks side by side, added to totals [R][2][16]: a broadcast activation serves
+    // both.
     template <bool MINIMUM, int PARTS, int R>
     HEADRACE_TARGET_AVX512 static void product_of_two(const UnpackedGroup<PARTS>* weights,
-                                                      const uint8_t* x, int64_t groups,
-                                                      Ahead ahead, float* totals) {
+                                                      const uint8_t* x, int64_t groups, Ahead ahead,
+                                                      float* totals) {
         constexpr int B = 2;
         __m512 total[R][B];
 #pragma GCC unroll 6
@@ -318,12 +320,12 @@ struct Avx512 {
                 continue;
             }
             const __m512i bits = _mm512_castps_si512(values);
-            const __m512i odd =
-                _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
             __m512i rounded =
                 _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-            rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q),
-                                           bits, _mm512_set1_epi32(0x400000));
+            rounded =
+                _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q),
+                                     bits, _mm512_set1_epi32(0x400000));
             _mm256_mask_storeu_epi16(static_cast<uint16_t*>(o.out) + at, mask,
                                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
         }
@@ -335,14 +337,17 @@ struct Avx512 {
     HEADRACE_TARGET_AVX512 static HEADRACE_INLINE __m512i quad(const uint8_t* weights, int index) {
         if constexpr (F::BITS == 8) return _mm512_loadu_si512(weights + 64 * index);
         const __m512i both = _mm512_loadu_si512(weights + 64 * (index % 4));
-        return _mm512_and_si512(index < 4 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+        return _mm512_and_si512(index < 4 ? both : _mm512_srli_epi16(both, 4),
+                                _mm512_set1_epi8(15));
     }
 
     // Sums of u: of 4 bits as bytes of at most 8 * 15, of 8 bits as int32.
     template <class F>
     HEADRACE_TARGET_AVX512 static HEADRACE_INLINE void add_up(__m512i& sum, __m512i u) {
-        if constexpr (F::BITS == 4) sum = _mm512_add_epi8(sum, u);
-        else sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi8(1));
+        if constexpr (F::BITS == 4)
+            sum = _mm512_add_epi8(sum, u);
+        else
+            sum = _mm512_dpbusd_epi32(sum, u, _mm512_set1_epi8(1));
     }
 
     // Pairs of int16 (sum of u, ZERO), against (-z, -sum(q - z)) of a row.

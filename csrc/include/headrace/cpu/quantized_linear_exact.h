@@ -1,6 +1,6 @@
-// Products of packed weights with bf16 activations, which are not rounded any further: the integers,
-// and what remains of them when ZERO is taken off, are bf16 values too. Here are the layouts, and the
-// products in plain C++.
+// Products of packed weights with bf16 activations, which are not rounded any further: the
+// integers, and what remains of them when ZERO is taken off, are bf16 values too. Here are the
+// layouts, and the products in plain C++.
 #pragma once
 
 #include "headrace/cpu/quantized_linear.h"
@@ -28,8 +28,10 @@ HEADRACE_INLINE void store_tile(const Value* x, int64_t stride, int64_t groups, 
             float values[GROUP];
             uint16_t bits[GROUP];
             for (int k = 0; k < GROUP; ++k) {
-                if constexpr (sizeof(Value) == 2) bits[k] = x[g * GROUP + k];
-                else bits[k] = to_bf16(x[g * GROUP + k]);
+                if constexpr (sizeof(Value) == 2)
+                    bits[k] = x[g * GROUP + k];
+                else
+                    bits[k] = to_bf16(x[g * GROUP + k]);
                 values[k] = from_bf16(bits[k]);
             }
             uint16_t ordered[GROUP];
@@ -59,7 +61,8 @@ HEADRACE_INLINE void unpack_groups(const uint8_t* weights, int64_t groups,
         for (int part = 0; part < F::PARTS; ++part) {
             for (int c = 0; c < COLUMNS; ++c) {
                 to->d[part][c] = scale_of<F>(weights + F::scales(part), c);
-                if constexpr (F::MINIMUM) to->m[part][c] = scale_of<F>(weights + F::minima(part), c);
+                if constexpr (F::MINIMUM)
+                    to->m[part][c] = scale_of<F>(weights + F::minima(part), c);
             }
         }
     }
@@ -94,32 +97,32 @@ HEADRACE_INLINE void add_products(const UnpackedGroup<PARTS>* weights, const uin
 }
 
 // The plain products as the compiler makes them for one instruction set.
-#define HEADRACE_EXACT_PRODUCTS(NAME, TARGET, ROWS)                                             \
-    struct NAME {                                                                               \
-        static constexpr int MAX_ROWS = ROWS;                                                   \
-        static constexpr bool EXACT = true, UNPACKS = true;                                     \
-        template <int PARTS>                                                                    \
-        using Unpacked = UnpackedGroup<PARTS>;                                                  \
-        static constexpr int row_bytes(int parts) { return exact::row_bytes(parts); }           \
-        template <class Value, int PARTS>                                                       \
-        TARGET static void quantize_tile(const Value* x, int64_t stride, int64_t groups,        \
-                                         uint8_t* tile, int rows) {                             \
-            store_tile<PARTS>(x, stride, groups, tile, rows);                                   \
-        }                                                                                       \
-        template <class F>                                                                      \
-        TARGET static void unpack(const uint8_t* weights, int64_t groups,                       \
-                                  UnpackedGroup<F::PARTS>* to) {                                \
-            unpack_groups<F>(weights, groups, to);                                              \
-        }                                                                                       \
-        template <bool MINIMUM, int PARTS, int R>                                               \
+#define HEADRACE_EXACT_PRODUCTS(NAME, TARGET, ROWS)                                              \
+    struct NAME {                                                                                \
+        static constexpr int MAX_ROWS = ROWS;                                                    \
+        static constexpr bool EXACT = true, UNPACKS = true;                                      \
+        template <int PARTS>                                                                     \
+        using Unpacked = UnpackedGroup<PARTS>;                                                   \
+        static constexpr int row_bytes(int parts) { return exact::row_bytes(parts); }            \
+        template <class Value, int PARTS>                                                        \
+        TARGET static void quantize_tile(const Value* x, int64_t stride, int64_t groups,         \
+                                         uint8_t* tile, int rows) {                              \
+            store_tile<PARTS>(x, stride, groups, tile, rows);                                    \
+        }                                                                                        \
+        template <class F>                                                                       \
+        TARGET static void unpack(const uint8_t* weights, int64_t groups,                        \
+                                  UnpackedGroup<F::PARTS>* to) {                                 \
+            unpack_groups<F>(weights, groups, to);                                               \
+        }                                                                                        \
+        template <bool MINIMUM, int PARTS, int R>                                                \
         TARGET static void product_of_two(const UnpackedGroup<PARTS>* weights, const uint8_t* x, \
-                                          int64_t groups, Ahead, float* totals) {               \
-            add_products<MINIMUM, PARTS, R>(weights, x, groups, totals);                        \
-        }                                                                                       \
-        TARGET static void write(const Output& out, const float* totals, int64_t step,          \
-                                 int64_t row, int64_t rows, int64_t column) {                   \
-            out.write(totals, step, row, rows, column);                                         \
-        }                                                                                       \
+                                          int64_t groups, Ahead, float* totals) {                \
+            add_products<MINIMUM, PARTS, R>(weights, x, groups, totals);                         \
+        }                                                                                        \
+        TARGET static void write(const Output& out, const float* totals, int64_t step,           \
+                                 int64_t row, int64_t rows, int64_t column) {                    \
+            out.write(totals, step, row, rows, column);                                          \
+        }                                                                                        \
     };
 
 HEADRACE_EXACT_PRODUCTS(Scalar, , 4)

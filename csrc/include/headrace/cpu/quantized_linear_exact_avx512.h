@@ -45,7 +45,7 @@ struct Avx512 {
                     for (int half = 0; half < 2; ++half) {
                         const __m512i even = _mm512_srli_epi16(both, 4 * half);
                         const __m512i odd = _mm512_srli_epi16(both, 4 * half + 8);
-                        uint16_t(*pairs)[2 * COLUMNS] = to->w[i + half * QUADS / 2];
+                        uint16_t (*pairs)[2 * COLUMNS] = to->w[i + half * QUADS / 2];
                         _mm512_store_si512(pairs[0], _mm512_permutexvar_epi16(even, table));
                         _mm512_store_si512(pairs[1], _mm512_permutexvar_epi16(odd, table));
                     }

@@ -25,8 +25,10 @@ struct Scalar {
             float values[GROUP], lowest = 0.0f, highest = 0.0f;
             bool has_nan = false;
             for (int k = 0; k < GROUP; ++k) {
-                if constexpr (sizeof(Value) == 2) values[k] = from_bf16(x[k]);
-                else values[k] = x[k];
+                if constexpr (sizeof(Value) == 2)
+                    values[k] = from_bf16(x[k]);
+                else
+                    values[k] = x[k];
                 has_nan |= values[k] != values[k];
                 lowest = values[k] < lowest ? values[k] : lowest;
                 highest = values[k] > highest ? values[k] : highest;
@@ -64,7 +66,8 @@ struct Scalar {
     }
 
     template <class F>
-    static void add_part(const uint8_t* weights, const ActivationGroup& x, int part, float* totals) {
+    static void add_part(const uint8_t* weights, const ActivationGroup& x, int part,
+                         float* totals) {
         const int minus_z = load<int16_t>(x.offsets), minus_sum = load<int16_t>(x.offsets + 2);
         const float scale = load<float>(x.scale), scaled_sum = load<float>(x.scaled_sum);
         for (int c = 0; c < COLUMNS; ++c) {
