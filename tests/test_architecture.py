@@ -86,7 +86,6 @@ MAY_PRINT = {
     "headrace.cli": "it is the command line",
     "headrace.bench": "its table is its result",
     "headrace.deploy.local_cluster": "it is the command line of `make serve-ray`",
-    "headrace_kernels.bench": "it is the whole of a script of bench/kernels",
 }
 
 MAX_FILE_LINES = 400
