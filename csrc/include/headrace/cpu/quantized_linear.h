@@ -50,7 +50,7 @@ bool with_format(int64_t code, Function&& f) {
            is(Format<8, true, 1, true>{}) || is(Format<8, false, 2, true>{});
 }
 
-// The quads of K, 4 values each, of a part.
+// Quads of K, 4 values each, of a group.
 constexpr int QUADS = GROUP / 4;
 
 // The same unpacked, for tiles of many rows: every format as bytes u, and for each part the pairs

@@ -52,38 +52,72 @@ struct Scalar {
         }
     }
 
+    // Loops over columns, which compilers turn into whatever vectors they may use.
     template <class F, int R>
     static void product(const uint8_t* weights, uint8_t* tile, int64_t groups, float* out) {
         for (int i = 0; i < R * COLUMNS; ++i) out[i] = 0.0f;
         for (int64_t g = 0; g < groups; ++g, weights += F::BYTES) {
+            int16_t u[GROUP][COLUMNS];
+            for (int k = 0; k < GROUP; ++k) {
+                // The four of K are the bytes of a word; of 4 bits the second half is above the
+                // first.
+                uint32_t words[COLUMNS];
+                const int quad = F::BITS == 8 ? k / 4 : k % 16 / 4;
+                std::memcpy(words, weights + quad * sizeof words, sizeof words);
+                const int shift = 8 * (k % 4) + (F::BITS == 4 && k >= 16 ? 4 : 0);
+                for (int c = 0; c < COLUMNS; ++c) {
+                    u[k][c] = static_cast<int16_t>(words[c] >> shift & ((1 << F::BITS) - 1));
+                }
+            }
             for (int part = 0; part < F::PARTS; ++part) {
+                const int begin = part * GROUP / F::PARTS, end = begin + GROUP / F::PARTS;
+                int32_t sum[COLUMNS] = {};
+                for (int k = begin; k < end; ++k) {
+                    for (int c = 0; c < COLUMNS; ++c) sum[c] += u[k][c];
+                }
+                float d[COLUMNS], m[COLUMNS] = {};
+                for (int c = 0; c < COLUMNS; ++c) {
+                    d[c] = scale_of<F>(weights + F::scales(part), c);
+                    if constexpr (F::MINIMUM) m[c] = scale_of<F>(weights + F::minima(part), c);
+                }
                 for (int r = 0; r < R; ++r) {
                     const ActivationGroup x(tile, g, R, r, F::PARTS, part);
-                    add_part<F>(weights, x, part, out + r * COLUMNS);
+                    int32_t dot[COLUMNS] = {};
+                    for (int k = begin; k < end; k += 16)
+                        add_products<F::BITS>(u + k, x.q + k, dot);
+                    add_part<F>(dot, sum, d, m, x, out + r * COLUMNS);
                 }
             }
         }
     }
 
+    // Of 16 values of K. A product fits 16 bits (255 * 128), and of 4 bits (15 * 128) so do 16 of
+    // them.
+    template <int BITS>
+    static HEADRACE_INLINE void add_products(const int16_t (*u)[COLUMNS], const int8_t* q,
+                                             int32_t* dot) {
+        int16_t sums[COLUMNS] = {};
+        for (int k = 0; k < 16; ++k) {
+            for (int c = 0; c < COLUMNS; ++c) {
+                const auto product = static_cast<int16_t>(u[k][c] * q[k]);
+                if constexpr (BITS == 4)
+                    sums[c] = static_cast<int16_t>(sums[c] + product);
+                else
+                    dot[c] += product;
+            }
+        }
+        for (int c = 0; BITS == 4 && c < COLUMNS; ++c) dot[c] += sums[c];
+    }
+
     template <class F>
-    static void add_part(const uint8_t* weights, const ActivationGroup& x, int part,
-                         float* totals) {
+    static HEADRACE_INLINE void add_part(const int32_t* dot, const int32_t* sum, const float* d,
+                                         const float* m, const ActivationGroup& x, float* totals) {
         const int minus_z = load<int16_t>(x.offsets), minus_sum = load<int16_t>(x.offsets + 2);
         const float scale = load<float>(x.scale), scaled_sum = load<float>(x.scaled_sum);
         for (int c = 0; c < COLUMNS; ++c) {
-            int dot = 0, sum = 0;
-            for (int i = 0; i < GROUP / F::PARTS; ++i) {
-                const int k = part * GROUP / F::PARTS + i, u = integer_of<F>(weights, c, k);
-                dot += u * x.q[k];
-                sum += u;
-            }
-            const float d = scale_of<F>(weights + F::scales(part), c);
-            const auto exact = static_cast<float>(dot + sum * minus_z + F::ZERO * minus_sum);
-            totals[c] = std::fma(exact * d, scale, totals[c]);
-            if constexpr (F::MINIMUM) {
-                const float m = scale_of<F>(weights + F::minima(part), c);
-                totals[c] = std::fma(m, scaled_sum, totals[c]);
-            }
+            const auto exact = static_cast<float>(dot[c] + sum[c] * minus_z + F::ZERO * minus_sum);
+            totals[c] = std::fma(exact * d[c], scale, totals[c]);
+            if constexpr (F::MINIMUM) totals[c] = std::fma(m[c], scaled_sum, totals[c]);
         }
     }
 
