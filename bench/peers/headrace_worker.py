@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,6 +84,7 @@ def load() -> tuple[Mapping[str, Any], Callable[[Any], Mapping[str, Any]]]:
     args = parser.parse_args()
     device = DeviceOptions(device="cpu", threads=args.threads)
     engine = build_engine(EngineConfig(model=args.model, device=device))
+    gc.freeze()  # as the server's engine process does
 
     def answer(question: Any) -> Mapping[str, Any]:
         if question.get("ceilings"):

@@ -7,6 +7,7 @@ import time
 import msgspec
 import pytest
 
+from headrace.engine.block_pool import BlockPool
 from headrace.engine.client import FinishReason
 
 
@@ -176,3 +177,14 @@ def test_reset_forgets_cached_prefixes(make_harness):
     harness.add("second", list(range(13)), max_tokens=1)
     batch, _ = harness.step()
     assert batch.num_tokens == 13
+
+
+def test_a_reset_has_written_blocks_taken_first():
+    pool = BlockPool(8)
+    blocks = pool.take(3)
+    pool.register(blocks[0], b"first")
+    pool.register(blocks[1], b"second")
+    pool.release(blocks)
+    pool.forget_all()
+    pool.check_invariants()
+    assert set(pool.take(3)) == set(blocks)

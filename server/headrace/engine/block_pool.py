@@ -70,7 +70,11 @@ class BlockPool:
             self._hash_of[block] = block_hash
 
     def forget_all(self) -> None:
-        """Drop every hash; contents in use stay with their holders."""
+        """Drop every hash; contents in use stay with their holders. What was written before is
+        taken again first: memory that nobody has touched yet costs more to write."""
+        for block in self._hash_of:
+            if self.ref_count[block] == 0:
+                self._free.move_to_end(block, last=False)
         self._hash_of.clear()
         self._block_of.clear()
 

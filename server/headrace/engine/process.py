@@ -7,6 +7,7 @@ stays open as a lifeline: when it ends, the parent is gone, and the engine goes 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -77,6 +78,7 @@ class EngineProcess:
             logger.exception("The engine failed to load")
             self._send(LoadFailed(f"{type(error).__name__}: {error}", user_error=False))
             return 1
+        gc.freeze()  # torch and the model stay: looking through them again costs 5% of the steps
         self._send(Heartbeat(engine.stats()))  # gauges are true from the first moment
         self._send(Ready(engine.info))
         while not self._stop:
