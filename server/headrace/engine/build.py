@@ -55,8 +55,8 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     _set_up_cpu(resolved, plan.hardware)
     kernels = _choose_kernels(resolved, plan.model)
     model = _load_model(plan, kernels, progress)
-    if _leaves_little_to_torch(model, kernels):
-        torch.set_num_threads(1)  # its workers spin for milliseconds behind each op
+    if not _leaves_little_to_torch(model, kernels):
+        torch.set_num_threads(resolved.threads)
     running = RunningRequests(
         resolved.max_num_seqs,
         resolved.max_model_len,
@@ -114,7 +114,8 @@ def _set_up_cpu(resolved: ResolvedConfig, hardware: Hardware) -> None:
             resolved.threads,
             hardware.cores,
         )
-    torch.set_num_threads(resolved.threads)
+    # Its workers spin for milliseconds behind each op, and read weights no faster than one thread.
+    torch.set_num_threads(1)
     native.set_num_threads(resolved.threads)
     if resolved.cpu_isa != "none" and native.unavailable() is None:
         native.set_cpu_isa(resolved.cpu_isa)
