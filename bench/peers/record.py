@@ -173,4 +173,4 @@ def _draw(panel: Any, measures: Measures) -> None:
     panel.set_ylabel("tokens per second")
     panel.set_xticks(range(len(rows)), rows)
     panel.set_title(measures.model)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
