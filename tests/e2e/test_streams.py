@@ -43,9 +43,11 @@ async def read(
     return text
 
 
-async def check_many_streams(server: Server, model: str, shortest: int, step: int) -> None:
-    """64 streams of different lengths; a third of their readers leave at a random token. What is
-    left is what the same prompts give alone."""
+async def check_many_streams(
+    server: Server, model: str, shortest: int, step: int, unread: int
+) -> None:
+    """64 streams of different lengths; a third of their readers leave at a random token, with
+    `unread` more to come than others have. What is left is what the same prompts give alone."""
     before = server.wait_idle()
     leavers = set(random.sample(range(NUM_STREAMS), NUM_STREAMS // 3))
     prompts = [f"Chapter {index}: " + "and so on, " * (index % 7) for index in range(NUM_STREAMS)]
@@ -53,9 +55,10 @@ async def check_many_streams(server: Server, model: str, shortest: int, step: in
     async with server.async_client() as client:
         texts = await asyncio.gather(
             *(
-                read(client, model, prompts[index], length, leave_after)
+                read(client, model, prompts[index], length + unread, random.randint(1, length))
+                if index in leavers
+                else read(client, model, prompts[index], length, None)
                 for index, length in enumerate(lengths)
-                for leave_after in [random.randint(1, length - 2) if index in leavers else None]
             )
         )
         assert {index for index, text in enumerate(texts) if text is None} == leavers
@@ -72,13 +75,13 @@ async def check_many_streams(server: Server, model: str, shortest: int, step: in
 
 
 async def test_64_streams_of_which_a_third_disconnect(tiny_server: Server) -> None:
-    await check_many_streams(tiny_server, "tiny", shortest=20, step=4)
+    await check_many_streams(tiny_server, "tiny", shortest=20, step=4, unread=3000)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_64_streams_of_the_default_model(server: Server) -> None:
-    await check_many_streams(server, "SmolLM2-135M-Instruct", shortest=5, step=2)
+    await check_many_streams(server, "SmolLM2-135M-Instruct", shortest=5, step=2, unread=100)
 
 
 def request_bytes(body: dict[str, Any]) -> bytes:
