@@ -132,7 +132,7 @@ test: $(VENV)/.dev
 	$(BIN)/pytest -m 'not slow' $(ARGS) || status=1; exit $$status
 
 test-full: lint types
-	@$(BIN)/pytest --record docs/verified.md
+	@$(BIN)/pytest --record=docs/verified.md
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
