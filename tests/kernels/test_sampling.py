@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -127,7 +127,9 @@ def naive_token(
     """The token, in Python floats; None where float32 may rightly decide otherwise."""
     best = max(logits)
     scaled = [(logit - best) / temperature for logit in logits]
-    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    # Ranked as float32 sees them: logits that differ by less than it can hold beside the best tie.
+    ranks = torch.tensor(logits).sub(best).div(temperature).tolist()
+    order = sorted(range(len(logits)), key=lambda token: (-ranks[token], token))
     if 0 < top_k < len(order):
         order = order[:top_k]
     if top_p < 1:
@@ -157,6 +159,7 @@ wild_logits = st.sampled_from([-INF, -3e38, -1e30, -5.0, 0.0, -0.0, 2.0, 2.0])
 huge_logits = st.sampled_from([-INF, 3e38, 2.9e38, 1e30, 0.0])
 
 
+@example(logits=[1.0, -3.3e-27, 0.0], temperature=2.5, top_k=0, top_p=0.5, min_p=0.0)
 @settings(max_examples=300, deadline=None)
 @given(
     logits=st.sampled_from([plain_logits, tied_logits, wild_logits, huge_logits]).flatmap(
