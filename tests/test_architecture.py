@@ -81,6 +81,7 @@ DISTRIBUTION_OF = {"yaml": "pyyaml"}
 # Besides config.py, which reads it.
 MAY_TOUCH_THE_ENVIRONMENT = {
     "headrace.deploy.switches": "sets Ray's own switches, which Ray takes from nowhere else",
+    "headrace_kernels.dispatch": "asks what Triton asks, whether its kernels are interpreted",
 }
 MAY_PRINT = {
     "headrace.cli": "it is the command line",

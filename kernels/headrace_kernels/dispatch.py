@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace_kernels import native
+from headrace_kernels import native, verified
 from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.kv_format import head_dim_of
 
@@ -29,6 +31,8 @@ OPS = {
     "attention": ("paged_attention",),
     "embedding": ("embedding",),
     "linear": ("linear",),
+    "quantization": ("quantize_rows",),
+    "scaled_linear": ("scaled_linear",),
     "quantized_linear": ("quantized_linear", "quantized_embedding"),
     "sampling": ("sample_tokens", "token_logprobs"),
 }
@@ -59,6 +63,8 @@ class Candidate:
     """Device types on which a row's result depends on that row only, to the bit."""
     declines: Callable[[KernelFacts], str | None]
     """The reason why it cannot run on these facts, or None if it can."""
+    unverified: Callable[[KernelFacts], str | None] = lambda facts: None
+    """The reason why it runs only if it is asked for by name, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,29 @@ def _native_cpu(stem: str, facts: KernelFacts) -> str | None:
     return reason
 
 
+def _triton(stem: str, facts: KernelFacts) -> str | None:
+    """Why the Triton kernel of this stem cannot run: no Triton, no GPU, or its own reasons."""
+    if facts.device != "cuda" and not interprets_triton():
+        return "runs on a GPU only"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    name = f"headrace_kernels.triton.{stem}"
+    if importlib.util.find_spec(name) is None:
+        return "not built: there is none"
+    reason = importlib.import_module(name).declines(facts)
+    assert reason is None or isinstance(reason, str)
+    return reason
+
+
+def interprets_triton() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors; it asks when it decorates them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unverified(candidate: str, stem: str, facts: KernelFacts) -> str | None:
+    return verified.reason_unverified(candidate, stem, facts.arch)
+
+
 CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     stem: (
         Candidate(
@@ -108,6 +137,13 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
             f"headrace_kernels.cpu.{stem}",
             invariant_on=("cpu",),
             declines=functools.partial(_native_cpu, stem),
+        ),
+        Candidate(
+            "triton",
+            f"headrace_kernels.triton.{stem}",
+            invariant_on=("cpu", "cuda"),
+            declines=functools.partial(_triton, stem),
+            unverified=functools.partial(_unverified, "triton", stem),
         ),
         Candidate(
             "reference",
@@ -156,7 +192,11 @@ def explain(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> li
             if candidate is chosen:
                 reason = "asked for" if stem in explicit else "first that can run"
             else:
-                reason = candidate.declines(facts) or f"{chosen.name} was chosen"
+                reason = (
+                    candidate.declines(facts)
+                    or candidate.unverified(facts)
+                    or f"{chosen.name} was chosen"
+                )
             decisions.append(Decision(stem, candidate.name, candidate is chosen, reason))
     return decisions
 
@@ -195,6 +235,8 @@ def _choose_one(stem: str, facts: KernelFacts, name: str | None) -> Candidate:
         if name is not None and candidate.name != name:
             continue
         reason = candidate.declines(facts)
+        if reason is None and name is None:
+            reason = candidate.unverified(facts)
         if reason is None:
             return candidate
         declined.append(f"{candidate.name}: {reason}")

@@ -15,12 +15,25 @@ from headrace_kernels.packed_format import PackedFormat
 
 
 class RmsNorm(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        out: Tensor,
+        out_scale: Tensor | None = None,
+    ) -> None: ...
 
 
 class AddRmsNorm(Protocol):
     def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor
+        self,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        out: Tensor,
+        out_scale: Tensor | None = None,
     ) -> None: ...
 
 
@@ -40,7 +53,7 @@ class RopeAndWriteKv(Protocol):
 
 
 class SiluAndMul(Protocol):
-    def __call__(self, gate_up: Tensor, out: Tensor) -> None: ...
+    def __call__(self, gate_up: Tensor, out: Tensor, out_scale: Tensor | None = None) -> None: ...
 
 
 class PagedAttention(Protocol):
@@ -58,6 +71,22 @@ class PagedAttention(Protocol):
 
 class LinearOp(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+
+
+class QuantizeRows(Protocol):
+    def __call__(self, x: Tensor, out: Tensor, scale: Tensor) -> None: ...
+
+
+class ScaledLinear(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        x_scale: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> None: ...
 
 
 class QuantizedLinear(Protocol):
@@ -119,6 +148,8 @@ class KernelSet:
     silu_and_mul: SiluAndMul
     paged_attention: PagedAttention
     linear: LinearOp
+    quantize_rows: QuantizeRows
+    scaled_linear: ScaledLinear
     quantized_linear: QuantizedLinear
     quantized_embedding: QuantizedEmbedding
     sample_tokens: SampleTokens
