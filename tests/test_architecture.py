@@ -87,6 +87,7 @@ MAY_PRINT = {
     "headrace.cli": "it is the command line",
     "headrace.bench": "its table is its result",
     "headrace.deploy.local_cluster": "it is the command line of `make serve-ray`",
+    "headrace_kernels.triton.compile_gate": "it is a command line",
 }
 
 MAX_FILE_LINES = 400

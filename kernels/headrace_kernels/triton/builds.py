@@ -30,6 +30,8 @@ class Build:
     """Its constexpr arguments."""
     num_warps: int = 4
     num_stages: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Others that Triton takes, such as enable_fp_fusion or launch_pdl."""
     expects: tuple[str, ...] = ()
     """What must stand in the PTX, such as "wgmma.mma_async" or "cp.async"."""
     max_registers: int = 255
