@@ -57,7 +57,7 @@ def measure(num_running: int, block_size: int, steps: int) -> dict[str, list[flo
         marks.append(time.perf_counter())
         build_model_input(batch, running, block_size=block_size, pad_to=8)
         marks.append(time.perf_counter())
-        sampling_columns(running, batch.rows[batch.samples])
+        sampling_columns(running, batch.rows[batch.samples], batch.ends[batch.samples])
         marks.append(time.perf_counter())
         tokens = np.full(int(batch.samples.sum()), 7, np.int64)
         outputs = scheduler.update(batch, StepResult(token_ids=tokens))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headrace.engine.batch import ScheduledBatch, StepResult
+from headrace.engine.batch import FinishedStep, ScheduledBatch, StepResult
 from headrace.engine.block_pool import BlockPool
 from headrace.engine.client import RequestOutput
 from headrace.engine.kv_cache import KVCacheManager
@@ -37,12 +37,13 @@ class PretendRunner:
         self.block_size = block_size
         self.slots = np.full((num_blocks, block_size), -1, np.int64)
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    overlaps = False
+
+    def launch(self, batch: ScheduledBatch) -> FinishedStep:
         running, size = self.running, self.block_size
         sampled = []
         for index, row in enumerate(batch.rows.tolist()):
-            start = int(running.num_computed_tokens[row])
-            end = start + int(batch.num_scheduled[index])
+            start, end = int(batch.starts[index]), int(batch.ends[index])
             assert end > start, "a row that computes nothing has no logits to sample from"
             blocks = running.block_table[row]
             for position in range(start, end):
@@ -52,7 +53,7 @@ class PretendRunner:
             assert seen == running.token_ids[row, :end].tolist(), f"row {row} reads foreign KV"
             if batch.samples[index]:
                 sampled.append(next_token(seen))
-        return StepResult(token_ids=np.array(sampled, np.int64))
+        return FinishedStep(StepResult(token_ids=np.array(sampled, np.int64)))
 
 
 @dataclasses.dataclass
@@ -98,7 +99,7 @@ class Harness:
     def step(self) -> tuple[ScheduledBatch, StepOutputs]:
         batch = self.scheduler.schedule()
         self.kv_cache.check_invariants()
-        outputs = self.scheduler.update(batch, self.runner.execute(batch))
+        outputs = self.scheduler.update(batch, self.runner.launch(batch).result())
         for handle, token in zip(outputs.handles, outputs.token_ids, strict=True):
             self.tokens[self._ids[handle]].append(token)
         for detail in outputs.details:

@@ -131,16 +131,16 @@ def test_broken_logits_fail_only_their_own_request(make_harness, expected, monke
     harness.add("good", [1], max_tokens=4)
     harness.add("bad", [2], max_tokens=4)
     harness.step()
-    execute = harness.runner.execute
+    launch = harness.runner.launch
 
     def poison(batch):
-        result = execute(batch)
+        step = launch(batch)
         rows = batch.rows[batch.samples].tolist()
         bad = [harness.running.request(row).request_id == "bad" for row in rows]
-        result.token_ids[bad] = -1
-        return result
+        step.value.token_ids[bad] = -1
+        return step
 
-    monkeypatch.setattr(harness.runner, "execute", poison)
+    monkeypatch.setattr(harness.runner, "launch", poison)
     harness.run()
     assert harness.ended["bad"].finish_reason is FinishReason.ERROR
     assert "not numbers" in harness.ended["bad"].error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -16,10 +17,17 @@ from headrace.engine.request import IntArray, LongArray, RunningRequests
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step's work. R rows; row `rows[i]` computes its next `num_scheduled[i]` tokens."""
+    """One step's work. R rows; row `rows[i]` computes `num_scheduled[i]` tokens from `starts[i]`.
+
+    The counts of RunningRequests are those after the step: they move on when it is scheduled.
+    """
 
     rows: LongArray
     """[R] rows of RunningRequests, ascending."""
+    generations: LongArray
+    """[R] what tells the request that holds the row now from those before and after it."""
+    starts: IntArray
+    """[R] tokens in the cache before this step."""
     num_scheduled: IntArray
     """[R] tokens each row computes in this step, at least 1."""
     samples: np.ndarray
@@ -29,6 +37,23 @@ class ScheduledBatch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def ends(self) -> IntArray:
+        """[R] tokens in the cache after this step: where a row that samples puts its token."""
+        return self.starts + self.num_scheduled
+
+    def kept(self, mask: np.ndarray) -> ScheduledBatch:
+        """The rows where `mask` [R] is set."""
+        num_scheduled = self.num_scheduled[mask]
+        return ScheduledBatch(
+            rows=self.rows[mask],
+            generations=self.generations[mask],
+            starts=self.starts[mask],
+            num_scheduled=num_scheduled,
+            samples=self.samples[mask],
+            num_tokens=int(num_scheduled.sum()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +66,36 @@ class StepResult:
     """By row of RunningRequests, for rows that asked."""
     prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row: one entry per token that the chunk predicted inside the prompt."""
+
+
+NO_WORK = ScheduledBatch(
+    rows=np.empty(0, np.int64),
+    generations=np.empty(0, np.int64),
+    starts=np.empty(0, np.int32),
+    num_scheduled=np.empty(0, np.int32),
+    samples=np.empty(0, np.bool_),
+    num_tokens=0,
+)
+NO_RESULT = StepResult(token_ids=np.empty(0, np.int64))
+
+
+class PendingStep(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> StepResult:
+        """Wait until the step is done. Called once. RunningRequests have moved on meanwhile: a
+        row may be free, or another request's."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A PendingStep whose result is known."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +124,11 @@ class ModelInput:
 def build_model_input(
     batch: ScheduledBatch, running: RunningRequests, *, block_size: int, pad_to: int
 ) -> ModelInput:
-    """Lay the batch out flat: row after row, each with its scheduled tokens in order."""
-    rows, query_lens = batch.rows, batch.num_scheduled
-    start = running.num_computed_tokens[rows]
+    """Lay the batch out flat: row after row, each with its scheduled tokens in order.
+
+    A token that the step in flight samples is UNKNOWN_TOKEN: the device must put it in.
+    """
+    rows, query_lens, start = batch.rows, batch.num_scheduled, batch.starts
     ends = np.cumsum(query_lens)
     row_of_token = np.repeat(rows, query_lens)
     offset = np.arange(batch.num_tokens) - np.repeat(ends - query_lens, query_lens)

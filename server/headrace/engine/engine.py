@@ -1,25 +1,47 @@
-"""The heartbeat: schedule, execute, update. Token ids in, token ids out."""
+"""The heartbeat: schedule, launch, update. Token ids in, token ids out."""
 
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import psutil
 
-from headrace.engine.batch import ScheduledBatch, StepResult
+from headrace.engine.batch import (
+    NO_RESULT,
+    NO_WORK,
+    FinishedStep,
+    PendingStep,
+    ScheduledBatch,
+)
 from headrace.engine.client import EngineStats, ModelInfo, RequestOutput
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.wire import StepOutputs
 from headrace.sampling_params import GenerateRequest
 
-NOTHING = StepResult(token_ids=np.empty(0, np.int64))
 RESIDENT_BYTES_PERIOD = 1.0  # seconds; reading it costs more than scheduling a step
 
 
 class Runner(Protocol):
-    def execute(self, batch: ScheduledBatch) -> StepResult: ...
+    overlaps: bool
+    """Whether a step may be launched before the result of the one before it is known."""
+
+    def launch(self, batch: ScheduledBatch) -> PendingStep:
+        """Start a step. Steps run in the order of their launches, on one stream.
+
+        RunningRequests are read now only. Inputs that are UNKNOWN_TOKEN stand for what the row
+        sampled in the step before; if that was NO_TOKEN any token will do, as for a row that
+        stopped: what the row computes now is dropped.
+        """
+        ...
+
+
+class Step(NamedTuple):
+    batch: ScheduledBatch
+    pending: PendingStep
+
+
+IDLE = Step(NO_WORK, FinishedStep(NO_RESULT))
 
 
 class Engine:
@@ -30,6 +52,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._aborted: list[str] = []
+        self._in_flight = IDLE
         self._steps = 0
         self._step_tokens = 0
         self._process = psutil.Process()
@@ -45,19 +68,32 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._aborted)
+        in_flight = self._in_flight is not IDLE
+        return in_flight or self._scheduler.has_work or bool(self._aborted)
 
     def step(self) -> StepOutputs:
-        """Compute one batch. What ended, and each new token, is in the result."""
+        """Compute one batch. What ended, and each new token, is in the result.
+
+        With a runner that overlaps, the batch is launched, and the result is that of the batch
+        before, which the device computed meanwhile.
+        """
         aborted = self._take_aborts()
         batch = self._scheduler.schedule()
-        result = self._runner.execute(batch) if batch else NOTHING
-        outputs = self._scheduler.update(batch, result)
+        launched = Step(batch, self._runner.launch(batch)) if batch else IDLE
+        done = self._collect(launched)
+        outputs = self._scheduler.update(done.batch, done.pending.result())
         outputs.details.extend(aborted)
-        self._steps += 1
-        self._step_tokens = batch.num_tokens
+        if tokens := self._scheduler.num_filed_tokens:
+            self._steps, self._step_tokens = self._steps + 1, tokens
         outputs.stats = self.stats()
         return outputs
+
+    def _collect(self, launched: Step) -> Step:
+        """The step to wait for now; IDLE if none is old enough."""
+        if not self._runner.overlaps:
+            return launched
+        done, self._in_flight = self._in_flight, launched
+        return done
 
     def _take_aborts(self) -> list[RequestOutput]:
         ended = [self._scheduler.abort(request_id) for request_id in self._aborted]

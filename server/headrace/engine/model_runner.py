@@ -9,10 +9,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from headrace.engine.batch import ModelInput, ScheduledBatch, StepResult, build_model_input
+from headrace.engine.batch import (
+    FinishedStep,
+    ModelInput,
+    ScheduledBatch,
+    StepResult,
+    build_model_input,
+)
 from headrace.engine.client import TokenLogprobs
 from headrace.engine.recorded_steps import RecordedSteps
-from headrace.engine.request import LongArray, RunningRequests
+from headrace.engine.request import RunningRequests
 from headrace.engine.sampler import Sampler
 from headrace.engine.sampling_batch import sampling_columns
 from headrace.models.base import CausalLM
@@ -29,6 +35,8 @@ LOGITS_CHUNK = 256
 
 class ModelRunner:
     """Runs ScheduledBatches on one device. Not thread-safe; one step at a time."""
+
+    overlaps = False
 
     def __init__(
         self,
@@ -62,33 +70,39 @@ class ModelRunner:
         if device.type == "cpu" and pad_to == 1:
             self._recorded = RecordedSteps(model, running, self._kv_layers, block_size)
 
+    def launch(self, batch: ScheduledBatch) -> FinishedStep:
+        """Computes the whole step: on a CPU nothing is gained by returning before it is done."""
+        return FinishedStep(self._execute(batch))
+
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    def _execute(self, batch: ScheduledBatch) -> StepResult:
         """One forward pass over the batch and a token for each row that reached its end."""
         if self._recorded is not None and self._recorded.takes(batch):
-            return self._sample([(batch.rows, self._recorded.logits(batch))])
+            return self._sample(batch, [self._recorded.logits(batch)])
         model_input = build_model_input(
             batch, self._running, block_size=self._block_size, pad_to=self._pad_to
         )
         hidden = self._forward(model_input)
-        result = self._sample(self._logits(batch, model_input, hidden))
+        result = self._sample(batch, self._logits(model_input, hidden))
         return replace(result, prompt_logprobs=dict(self._prompt_logprobs(batch, hidden)))
 
-    def _logits(
-        self, batch: ScheduledBatch, model_input: ModelInput, hidden: torch.Tensor
-    ) -> Iterator[tuple[LongArray, torch.Tensor]]:
-        """(rows that sample, their logits), a chunk at a time, each in the memory of the last."""
-        rows = batch.rows[batch.samples]
-        for start in range(0, len(rows), LOGITS_CHUNK):
-            chunk = slice(start, start + LOGITS_CHUNK)
-            indices = self._to_device(model_input.logit_indices[chunk])
-            yield rows[chunk], self._model.compute_logits(hidden[indices], reuse=True)
+    def _logits(self, model_input: ModelInput, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Of the rows that sample, a chunk at a time, each in the memory of the last."""
+        logit_indices = model_input.logit_indices
+        for start in range(0, len(logit_indices), LOGITS_CHUNK):
+            indices = self._to_device(logit_indices[start : start + LOGITS_CHUNK])
+            yield self._model.compute_logits(hidden[indices], reuse=True)
 
-    def _sample(self, chunks: Iterable[tuple[LongArray, torch.Tensor]]) -> StepResult:
+    def _sample(self, batch: ScheduledBatch, chunks: Iterable[torch.Tensor]) -> StepResult:
         sampled: list[np.ndarray] = []
         logprobs: dict[int, TokenLogprobs] = {}
-        for rows, logits in chunks:
-            tokens = self._sampler.sample(logits, sampling_columns(self._running, rows))
+        all_rows, all_positions = batch.rows[batch.samples], batch.ends[batch.samples]
+        end = 0
+        for logits in chunks:
+            start, end = end, end + len(logits)
+            rows = all_rows[start:end]
+            columns = sampling_columns(self._running, rows, all_positions[start:end])
+            tokens = self._sampler.sample(logits, columns)
             sampled.append(tokens.token_ids)
             for index, (own, top_ids, top) in tokens.logprobs.items():
                 logprobs[int(rows[index])] = TokenLogprobs(own, top_ids, top)
@@ -122,7 +136,7 @@ class ModelRunner:
         for index, row in enumerate(batch.rows.tolist()):
             if row not in running.with_prompt_logprobs:
                 continue
-            first = int(running.num_computed_tokens[row]) + 1
+            first = int(batch.starts[index]) + 1
             end = min(first + int(batch.num_scheduled[index]), int(running.num_prompt_tokens[row]))
             offset = int(ends[index] - batch.num_scheduled[index])
             count = running.request(row).sampling.prompt_logprobs or 0

@@ -81,7 +81,7 @@ class RecordedSteps:
 
     def _fill(self, batch: ScheduledBatch) -> None:
         running, rows, count = self._running, batch.rows, len(batch)
-        positions = running.num_computed_tokens[rows]
+        positions = batch.starts
         blocks = running.block_table[rows, positions // self._page_size].astype(np.int64)
         self._positions[:count] = positions
         self._token_ids[:count] = running.token_ids[rows, positions]

@@ -19,6 +19,10 @@ from headrace.sampling_params import GenerateRequest, SamplingParams
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
 
+UNKNOWN_TOKEN = -1
+"""In RunningRequests.token_ids: the step that samples this token is in flight. (A sampler's
+NO_TOKEN, which has the same value, never gets there: a row without a token ends.)"""
+
 
 @dataclass(slots=True, eq=False)
 class Request:
@@ -100,8 +104,12 @@ class RunningRequests:
         self.active = np.zeros(rows, np.bool_)
         self.num_active = 0
         self.handles = np.zeros(rows, np.int64)
+        # Goes up when a row is given back: a step in flight may outlive the request it was for.
+        self.generations: LongArray = np.zeros(rows, np.int64)
         self.token_ids: IntArray = np.zeros((rows, max_model_len), np.int32)
+        # Counts are those after the steps in flight: tokens from num_known_tokens on are unknown.
         self.num_tokens: IntArray = np.zeros(rows, np.int32)
+        self.num_known_tokens: IntArray = np.zeros(rows, np.int32)
         self.num_prompt_tokens: IntArray = np.zeros(rows, np.int32)
         self.num_computed_tokens: IntArray = np.zeros(rows, np.int32)
         self.max_total_tokens: IntArray = np.zeros(rows, np.int32)
@@ -118,6 +126,8 @@ class RunningRequests:
         self.seed: LongArray = np.zeros(rows, np.int64)
         self.num_logprobs: IntArray = np.zeros(rows, np.int32)
         self.stops_at_eos = np.zeros(rows, np.bool_)
+        # The host prepares each token's logits from all tokens before it.
+        self.needs_known_tokens = np.zeros(rows, np.bool_)
 
         # Rows that need more than columns can say; empty sets cost an all-default step nothing.
         self.penalized: set[int] = set()
@@ -143,6 +153,16 @@ class RunningRequests:
         """Active rows, ascending."""
         return np.flatnonzero(self.active)
 
+    def schedulable_rows(self) -> LongArray:
+        """Active rows whose next token can be computed now, ascending: not those that the step in
+        flight brings to their full length, nor those that need the token it samples."""
+        waits = self.needs_known_tokens & (self.num_known_tokens < self.num_tokens)
+        return np.flatnonzero(self.active & (self.num_tokens < self.max_total_tokens) & ~waits)
+
+    def any_ending(self) -> bool:
+        """Whether the step in flight brings a row to its full length."""
+        return bool((self.active & (self.num_tokens >= self.max_total_tokens)).any())
+
     def request(self, row: int) -> Request:
         request = self.requests[row]
         assert request is not None, f"row {row} holds no request"
@@ -159,6 +179,7 @@ class RunningRequests:
         num_tokens = len(request.token_ids)
         self.token_ids[row, :num_tokens] = request.token_ids
         self.num_tokens[row] = num_tokens
+        self.num_known_tokens[row] = num_tokens
         self.num_prompt_tokens[row] = request.num_prompt_tokens
         self.num_computed_tokens[row] = 0
         self.max_total_tokens[row] = request.max_total_tokens
@@ -178,13 +199,15 @@ class RunningRequests:
         return row
 
     def remove(self, row: int) -> Request:
-        """Take the row back; its tokens return to the request. Its blocks must be free already."""
+        """Take the row back; its tokens return to the request, but for those in flight: they are
+        lost, and sampled again if it goes on. Its blocks must be free already."""
         request = self.request(row)
-        request.token_ids = self.token_ids[row, : self.num_tokens[row]].copy()
+        request.token_ids = self.token_ids[row, : self.num_known_tokens[row]].copy()
         request.row = -1
         self.requests[row] = None
         self.active[row] = False
         self.num_active -= 1
+        self.generations[row] += 1
         for rows in self._side_sets:
             rows.discard(row)
         self._free_rows.append(row)
@@ -192,11 +215,13 @@ class RunningRequests:
 
     def _note_rarities(self, row: int, request: Request) -> None:
         sampling = request.sampling
-        if (
-            sampling.presence_penalty
-            or sampling.frequency_penalty
+        penalized = (
+            sampling.presence_penalty != 0.0
+            or sampling.frequency_penalty != 0.0
             or sampling.repetition_penalty != 1.0
-        ):
+        )
+        self.needs_known_tokens[row] = penalized
+        if penalized:
             self.penalized.add(row)
         if sampling.logit_bias:
             self.biased.add(row)

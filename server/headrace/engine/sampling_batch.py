@@ -6,12 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from headrace.engine.request import LongArray, RunningRequests
+from headrace.engine.request import IntArray, LongArray, RunningRequests
 from headrace.engine.sampler import SamplingBatch
 
 
-def sampling_columns(running: RunningRequests, rows: LongArray) -> SamplingBatch:
-    """What the sampler needs for `rows`; Python touches only rows with more than columns."""
+def sampling_columns(
+    running: RunningRequests, rows: LongArray, positions: IntArray
+) -> SamplingBatch:
+    """What the sampler needs for `rows`, whose new tokens get `positions`.
+
+    Python touches only rows with more than columns. The tokens before a position must be known
+    for penalized rows only: the scheduler waits for them.
+    """
     return SamplingBatch(
         temperature=running.temperature[rows],
         top_k=running.top_k[rows],
@@ -21,20 +27,22 @@ def sampling_columns(running: RunningRequests, rows: LongArray) -> SamplingBatch
         frequency=running.frequency_penalty[rows],
         repetition=running.repetition_penalty[rows],
         seed=running.seed[rows],
-        position=running.num_tokens[rows].astype(np.int64),
+        position=positions.astype(np.int64),
         num_logprobs=running.num_logprobs[rows],
-        **_rarities(running, rows),
+        **_rarities(running, rows, positions),
     )
 
 
-def _rarities(running: RunningRequests, rows: LongArray) -> dict[str, dict[int, Any]]:
+def _rarities(
+    running: RunningRequests, rows: LongArray, positions: IntArray
+) -> dict[str, dict[int, Any]]:
     """The SamplingBatch fields that only few rows have, by index into `rows`."""
     if not (running.penalized or running.biased or running.with_min_tokens):
         return {}
     index_of = {row: index for index, row in enumerate(rows.tolist())}
     penalized = {}
     for row in running.penalized & index_of.keys():
-        prompt_end, end = int(running.num_prompt_tokens[row]), int(running.num_tokens[row])
+        prompt_end, end = int(running.num_prompt_tokens[row]), int(positions[index_of[row]])
         tokens = running.token_ids[row]
         penalized[index_of[row]] = (tokens[:prompt_end], tokens[prompt_end:end])
     logit_bias = {}
@@ -47,7 +55,7 @@ def _rarities(running: RunningRequests, rows: LongArray) -> dict[str, dict[int, 
     banned = {}
     for row in running.with_min_tokens & index_of.keys():
         request = running.request(row)
-        num_output_tokens = int(running.num_tokens[row]) - request.num_prompt_tokens
+        num_output_tokens = int(positions[index_of[row]]) - request.num_prompt_tokens
         if num_output_tokens < request.sampling.min_tokens:
             banned[index_of[row]] = np.fromiter(request.stop_token_ids, np.int64)
     return {"penalized": penalized, "logit_bias": logit_bias, "banned": banned}

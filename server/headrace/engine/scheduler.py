@@ -2,6 +2,13 @@
 
 There is no prefill or decode here: a request's num_computed_tokens catches up with its num_tokens
 under a token budget, and a request that has caught up gets a new token.
+
+A step may be scheduled before the one before it is filed. So `schedule` moves the rows' counts on
+as if the step were done, with UNKNOWN_TOKEN for what it samples; `update` puts the tokens in, and
+drops what was computed for a request that has left its row meanwhile (it stopped, was aborted or
+preempted). Blocks that are freed meanwhile may be handed out at once: steps run in order, so the
+step in flight reads and writes them before the next owner does. Only blocks of filed steps are
+published in the prefix cache.
 """
 
 from __future__ import annotations
@@ -16,7 +23,13 @@ import numpy as np
 from headrace.engine.batch import ScheduledBatch, StepResult
 from headrace.engine.client import FinishReason, RequestOutput, TokenLogprobs
 from headrace.engine.kv_cache import KVCacheManager
-from headrace.engine.request import IntArray, LongArray, Request, RunningRequests
+from headrace.engine.request import (
+    UNKNOWN_TOKEN,
+    IntArray,
+    LongArray,
+    Request,
+    RunningRequests,
+)
 from headrace.engine.wire import StepOutputs
 from headrace.sampling_params import GenerateRequest
 
@@ -40,6 +53,8 @@ class Scheduler:
         self.running = running
         self.kv_cache = kv_cache
         self.num_preemptions = 0
+        self.num_filed_tokens = 0
+        """Tokens computed by the step that `update` filed last, without what it dropped."""
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
         self._eos_array = np.array(sorted(eos_token_ids), np.int64)
@@ -95,20 +110,32 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """The next step's work; may be empty. Running rows first, then arrivals in order."""
-        running = self.running
-        rows = running.rows()
+        rows = self.running.schedulable_rows()
         num_scheduled = self._share_budget(rows)
-        preempted = self._grow(rows, num_scheduled)
-        if preempted:
-            still = running.active[rows]
-            rows, num_scheduled = rows[still], num_scheduled[still]
-        elif self._waiting and running.has_room:
+        short_of_blocks = self._grow(rows, num_scheduled)
+        if short_of_blocks:
+            fits = self.running.active[rows] & (num_scheduled > 0)
+            rows, num_scheduled = rows[fits], num_scheduled[fits]
+        elif self._waiting and self.running.has_room:
             rows, num_scheduled = self._admit(rows, num_scheduled)
-        reached = running.num_computed_tokens[rows] + num_scheduled
+        return self._advance(rows, num_scheduled)
+
+    def _advance(self, rows: LongArray, num_scheduled: IntArray) -> ScheduledBatch:
+        """Move the rows' counts on as if the step were done."""
+        running = self.running
+        starts = running.num_computed_tokens[rows]
+        ends = starts + num_scheduled
+        samples = ends == running.num_tokens[rows]
+        running.num_computed_tokens[rows] = ends
+        sampling_rows, positions = rows[samples], ends[samples]
+        running.token_ids[sampling_rows, positions] = UNKNOWN_TOKEN
+        running.num_tokens[sampling_rows] = positions + 1
         return ScheduledBatch(
             rows=rows,
+            generations=running.generations[rows],
+            starts=starts,
             num_scheduled=num_scheduled,
-            samples=reached == running.num_tokens[rows],
+            samples=samples,
             num_tokens=int(num_scheduled.sum()),
         )
 
@@ -125,17 +152,24 @@ class Scheduler:
         return num_scheduled
 
     def _grow(self, rows: LongArray, num_scheduled: IntArray) -> bool:
-        """Give each row the blocks its scheduled tokens need; True if that preempted any row."""
+        """Give each row the blocks its scheduled tokens need; True if there were too few.
+
+        Then rows are preempted; but while others end with the step in flight, and free theirs, a
+        row waits for those: its num_scheduled is set to 0.
+        """
         running = self.running
         target = running.num_computed_tokens[rows] + num_scheduled
         short = np.flatnonzero(target > running.num_blocks[rows] * self.kv_cache.block_size)
-        preempted = False
+        too_few = False
         for index in short.tolist():
             row = int(rows[index])
             while running.active[row] and self.kv_cache.allocate(row, int(target[index])) is None:
+                too_few = True
+                if running.any_ending():
+                    num_scheduled[index] = 0
+                    break
                 self._preempt_last()
-                preempted = True
-        return preempted
+        return too_few
 
     def _preempt_last(self) -> None:
         victim = max(
@@ -201,20 +235,23 @@ class Scheduler:
     # --- update -----------------------------------------------------------------------------
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> StepOutputs:
-        """File the step: advance rows, append sampled tokens, end what has ended."""
+        """File the oldest step that is not: put sampled tokens in, end what has ended."""
         running = self.running
-        before = running.num_computed_tokens[batch.rows]
-        after = before + batch.num_scheduled
-        running.num_computed_tokens[batch.rows] = after
-        self._commit_full_blocks(batch.rows, before, after)
+        tokens = result.token_ids
+        current = batch.generations == running.generations[batch.rows]
+        if not current.all():
+            tokens = tokens[current[batch.samples]]
+            batch = batch.kept(current)
+        self.num_filed_tokens = batch.num_tokens
+        ends = batch.ends
+        self._commit_full_blocks(batch.rows, batch.starts, ends)
         if result.prompt_logprobs:
-            self._keep_prompt_logprobs(batch, before, result)
+            self._keep_prompt_logprobs(batch, result)
 
-        rows, tokens = batch.rows[batch.samples], result.token_ids
-        ends = running.num_tokens[rows]
+        rows, ends = batch.rows[batch.samples], ends[batch.samples]
         failed = tokens < 0
-        running.token_ids[rows, np.minimum(ends, running.max_model_len - 1)] = tokens
-        running.num_tokens[rows] = ends + ~failed
+        running.token_ids[rows, ends] = tokens
+        running.num_known_tokens[rows] = ends + ~failed
         stopped, full = self._ending(rows, tokens)
         rare = failed | stopped | full | (running.num_logprobs[rows] >= 0)
         rare |= ends == running.num_prompt_tokens[rows]  # first tokens carry times
@@ -244,12 +281,12 @@ class Scheduler:
         for index in np.flatnonzero(before // size != after // size).tolist():
             self.kv_cache.commit(int(rows[index]), int(before[index]), int(after[index]))
 
-    def _keep_prompt_logprobs(
-        self, batch: ScheduledBatch, before: IntArray, result: StepResult
-    ) -> None:
-        starts = dict(zip(batch.rows.tolist(), before.tolist(), strict=True))
-        for row, entries in result.prompt_logprobs.items():
-            request = self.running.request(row)
+    def _keep_prompt_logprobs(self, batch: ScheduledBatch, result: StepResult) -> None:
+        starts = dict(zip(batch.rows.tolist(), batch.starts.tolist(), strict=True))
+        for row in result.prompt_logprobs.keys() & starts.keys():
+            request, entries = self.running.request(row), result.prompt_logprobs[row]
+            if not request.wants_prompt_logprobs:
+                continue  # the step was launched before they were sent
             if request.prompt_logprobs is None:
                 request.prompt_logprobs = [None]
             # A chunk that starts at s predicts tokens s+1, s+2, ...; after a preemption the
@@ -268,7 +305,7 @@ class Scheduler:
             ).tolist():
                 request = running.request(int(rows[index]))
                 stopped[index] |= int(tokens[index]) in request.stop_token_ids
-        return stopped, running.num_tokens[rows] >= running.max_total_tokens[rows]
+        return stopped, running.num_known_tokens[rows] >= running.max_total_tokens[rows]
 
     def _detail(
         self, row: int, token: int, reason: FinishReason | None, result: StepResult
@@ -325,6 +362,10 @@ class Scheduler:
             assert request.row == row, f"row {row} and its request disagree"
             assert self._requests.get(request.request_id) is request, f"row {row} is a ghost"
             assert running.num_computed_tokens[row] < running.num_tokens[row], f"row {row} idles"
+            known = running.token_ids[row, : running.num_tokens[row]] != UNKNOWN_TOKEN
+            num_known = running.num_known_tokens[row]
+            assert known[:num_known].all(), f"row {row} misses a token"
+            assert not known[num_known:].any(), f"row {row} has a token from nowhere"
         waiting = {id(request) for _, request in self._waiting}
         for request in self._requests.values():
             assert request.row >= 0 or id(request) in waiting, f"{request.request_id} is lost"
