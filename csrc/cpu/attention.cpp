@@ -144,7 +144,6 @@ void paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& quer
         .block_stride = kv_cache.stride(0),
         .kv_stride = kv_cache.stride(1),
         .head_stride = kv_cache.stride(2),
-        .row_size = row_size,
         .query_start_loc = query_start_loc.const_data_ptr<int32_t>(),
         .seq_lens = seq_lens.const_data_ptr<int32_t>(),
         .block_table = block_table.const_data_ptr<int32_t>(),

@@ -55,28 +55,43 @@ struct Rope {
     const int64_t* slots;
     int64_t tokens, qkv_size, qkv_stride;
     int64_t max_positions, cache_slots, page_size;
-    int64_t block_stride, value_stride, token_stride, row_size;
+    int64_t block_stride, value_stride, token_stride;
 };
 
-// Where the key of a token's first head goes, null if nowhere.
+// Where the key of a token's first head goes, null if nowhere; the scale of an int8 row goes behind
+// the page, `to_scale` further.
+template <class Cache>
+struct Slot {
+    Cache* key = nullptr;
+    int64_t to_scale = 0;
+};
+
 template <class In, class Cache>
-Cache* key_of(const Rope<In, Cache>& r, int64_t token) {
+Slot<Cache> slot_of(const Rope<In, Cache>& r, int64_t token) {
     const int64_t slot = r.slots[token];
-    if (slot < 0) return nullptr;
-    return r.cache + slot / r.page_size * r.block_stride + slot % r.page_size * r.token_stride;
+    if (slot < 0) return {};
+    const int64_t block = slot / r.page_size, offset = slot - block * r.page_size;
+    const int64_t scale = r.page_size * r.token_stride + offset * int64_t{sizeof(float)};
+    return {.key = r.cache + block * r.block_stride + offset * r.token_stride,
+            .to_scale = scale - offset * r.token_stride};
 }
 
 // In a decode each token's slots lie in a block of their own, which no cache has held since the
 // last step: what the next tokens write is fetched while this one is computed.
 template <class In, class Cache>
 void prefetch_slots(const Rope<In, Cache>& r, int64_t token) {
-    const Cache* const key = key_of(r, token);
-    if (key == nullptr) return;
-    const int64_t bytes = r.row_size * static_cast<int64_t>(sizeof(Cache));
+    const Slot<Cache> slot = slot_of(r, token);
+    if (slot.key == nullptr) return;
+    const auto prefetch = [&](const Cache* row) {
+        prefetch_for_writing(row, r.shape.head_dim * static_cast<int64_t>(sizeof(Cache)));
+        if constexpr (std::is_same_v<Cache, int8_t>) {
+            prefetch_for_writing(row + slot.to_scale, sizeof(float));
+        }
+    };
     for (int64_t head = 0; head < r.shape.num_kv_heads; ++head) {
-        const Cache* const own = key + head * r.shape.cache_head_stride;
-        prefetch_for_writing(own, bytes);
-        prefetch_for_writing(own + r.value_stride, bytes);
+        const Cache* const own = slot.key + head * r.shape.cache_head_stride;
+        prefetch(own);
+        prefetch(own + r.value_stride);
     }
 }
 
@@ -91,11 +106,12 @@ void rope_rows(const Rope<In, Cache>& r) {
         }
         for (int64_t token = begin; token < end; ++token) {
             if (token + AHEAD < end) prefetch_slots(r, token + AHEAD);
-            Cache* const key = key_of(r, token);
+            const auto [key, to_scale] = slot_of(r, token);
             Cache* const value = key == nullptr ? nullptr : key + r.value_stride;
             HEADRACE_DISPATCH(rope_token, r.shape, r.qkv + token * r.qkv_stride,
                               r.table + r.positions[token] * 2 * r.shape.half,
-                              r.q_out + token * r.shape.num_heads * r.shape.head_dim, key, value);
+                              r.q_out + token * r.shape.num_heads * r.shape.head_dim, key, value,
+                              to_scale);
         }
     });
 }
@@ -120,6 +136,8 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
                     "] of contiguous values");
     STD_TORCH_CHECK(!quantized || head_dim <= MAX_QUANTIZED_DIM,
                     "an int8 cache takes heads of up to ", MAX_QUANTIZED_DIM, ", not ", head_dim);
+    STD_TORCH_CHECK(!quantized || kv_cache.stride(3) == row_size,
+                    "the pages of an int8 cache must be contiguous");
     const int64_t num_kv_heads = kv_cache.size(2), page_size = kv_cache.size(3);
     check_matrix("qkv", qkv, tokens, (num_heads + 2 * num_kv_heads) * head_dim);
     check_type("q_out", q_out, qkv.scalar_type());
@@ -161,8 +179,7 @@ void rope_and_write_kv(const Tensor& qkv, const Tensor& positions, const Tensor&
                 .page_size = page_size,
                 .block_stride = kv_cache.stride(0),
                 .value_stride = kv_cache.stride(1),
-                .token_stride = kv_cache.stride(3),
-                .row_size = row_size,
+                .token_stride = quantized ? head_dim : kv_cache.stride(3),
             });
         });
     });

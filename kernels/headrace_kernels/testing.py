@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
-from headrace_kernels.kv_format import to_rows
+from headrace_kernels.kv_format import to_pages
 from headrace_kernels.packed_format import GROUP, PackedFormat
 from headrace_kernels.packed_weight import pack_into
 
@@ -216,7 +216,7 @@ def random_cache(
 ) -> Tensor:
     """A [B, 2, K, P, D] view of a cache of three layers: block strides are not those of a copy.
 
-    Of int8 it is [B, 2, K, P, D + 4].
+    Of 8 bits it is [B, 2, K, P, D + 4].
     """
-    whole = to_rows(torch.randn((num_blocks, 3, 2, kv_heads, page_size, head_dim)), dtype)
+    whole = to_pages(torch.randn((num_blocks, 3, 2, kv_heads, page_size, head_dim)), dtype)
     return whole[:, 1]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace_kernels.kv_format import from_rows, to_rows
+from headrace_kernels.kv_format import from_pages, values_and_scales, write_tokens
 from headrace_kernels.ops.attention import AttentionMetadata, paged_attention
 from headrace_kernels.reference import attention_plan
 from headrace_kernels.testing import (
@@ -37,7 +37,7 @@ def expected_attention(
 ) -> Tensor:
     """The oracle, request by request; 0 for padding."""
     out = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = from_rows(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
+    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
     begin = 0
     for request, query_len in enumerate(batch.query_lens):
         keys, values = by_slot[:, batch.slots_of(request)]
@@ -54,9 +54,11 @@ def forget_other_slots(cache: Tensor, batch: RaggedBatch) -> None:
     for request in range(len(batch.query_lens)):
         used[batch.slots_of(request)] = True
     unused = ~used.view(batch.num_blocks, batch.page_size)
-    # Four bytes of -1 are a NaN, the scale of an int8 row.
-    nan = -1 if cache.dtype == torch.int8 else float("nan")
-    cache.masked_fill_(unused[:, None, None, :, None], nan)
+    values, scales = values_and_scales(cache)
+    if scales is None:
+        values.masked_fill_(unused[:, None, None, :, None], float("nan"))
+    else:
+        scales.masked_fill_(unused[:, None, None, :], float("nan"))
 
 
 def run(
@@ -91,17 +93,29 @@ def test_ragged_batches(
     assert_close(out, expected_attention(q, cache, batch), TOLERANCES["attention", dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "page_size"),
+    [
+        (torch.float32, torch.int8, 16),
+        (torch.bfloat16, torch.int8, 64),
+        (torch.float32, torch.float8_e4m3fn, 64),
+    ],
+)
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("heads", HEAD_SHAPES)
-def test_an_int8_cache(
-    heads: tuple[int, int, int], window: int | None, dtype: torch.dtype, rng: np.random.Generator
+def test_an_8_bit_cache(
+    heads: tuple[int, int, int],
+    window: int | None,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    page_size: int,
+    rng: np.random.Generator,
 ) -> None:
     """The oracle gets what was stored: only the arithmetic on it is tested here."""
     num_heads, kv_heads, dim = heads
     lengths = [*RAGGED_LENGTHS["mixed"], *RAGGED_LENGTHS["tile borders"], (0, 9)]
-    batch = ragged_batch(lengths, 16, rng)
-    cache = random_cache(batch.num_blocks, kv_heads, 16, dim, dtype=torch.int8)
+    batch = ragged_batch(lengths, page_size, rng)
+    cache = random_cache(batch.num_blocks, kv_heads, page_size, dim, dtype=kv_dtype)
     forget_other_slots(cache, batch)
     q = torch.randn(batch.num_rows, num_heads, dim).to(dtype)
     out = run(q, cache, batch, window)
@@ -169,7 +183,7 @@ def test_a_row_depends_on_its_request_only(
         batch = ragged_batch([*before, (last - first, last), (1, 33)], 16, rng)
         cache = random_cache(batch.num_blocks, kv_heads, 16, dim, dtype=kv_dtype)
         slots = batch.slots_of(len(before))
-        cache[slots // 16, :, :, slots % 16] = to_rows(kv_all[:last], kv_dtype)
+        write_tokens(cache, torch.from_numpy(slots), kv_all[:last])
         q = torch.randn(batch.num_rows, num_heads, dim)
         begin = sum(query for query, _ in before)
         q[begin : begin + last - first] = q_all[first:last]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace_kernels import native
 from headrace_kernels.dispatch import KernelFacts
-from headrace_kernels.kv_format import from_rows, row_size, to_rows
+from headrace_kernels.kv_format import from_pages, row_size, to_pages, write_tokens
 from headrace_kernels.testing import (
     TOLERANCES,
     RaggedBatch,
@@ -33,7 +33,7 @@ LONG = [(1, 1500), (1, 700), (3, 900), (70, 600), (1, 256), (1, 257), (1, 30)]
 
 def expected_rows(q: Tensor, cache: Tensor, batch: RaggedBatch, window: int | None) -> Tensor:
     out = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = from_rows(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
+    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
     begin = 0
     for request, query_len in enumerate(batch.query_lens.tolist()):
         keys, values = by_slot[:, batch.slots_of(request)]
@@ -110,13 +110,13 @@ def test_a_decode_is_the_last_row_of_a_prefill(
     """Past several splits, and with blocks of rows that begin elsewhere."""
     length, heads = 1000, (6, 2, 64)
     q_all = torch.randn(length, heads[0], heads[2]).to(dtype)
-    kv_all = to_rows(torch.randn(length, 2, heads[1], heads[2]), kv_dtype)
+    kv_all = torch.randn(length, 2, heads[1], heads[2])
 
     def attend(first: int, last: int, before: Sequence[tuple[int, int]]) -> Tensor:
         batch = ragged_batch([*before, (last - first, last)], 16, rng)
         cache = random_cache(batch.num_blocks, heads[1], 16, heads[2], dtype=kv_dtype)
         slots = batch.slots_of(len(before))
-        cache[slots // 16, :, :, slots % 16] = kv_all[:last]
+        write_tokens(cache, torch.from_numpy(slots), kv_all[:last])
         q = torch.randn(batch.num_rows, heads[0], heads[2]).to(dtype)
         begin = sum(query for query, _ in before)
         q[begin : begin + last - first] = q_all[first:last]
@@ -199,12 +199,12 @@ def test_offsets_beyond_32_bits(kv_dtype: torch.dtype, isa: str) -> None:
     blocks = 2**31 // (2 * page * dim) + 4
     cache = torch.empty((blocks, 2, 1, page, row_size(dim, kv_dtype)), dtype=kv_dtype)
     last = torch.tensor([blocks - 1, blocks - 3])
-    cache[last] = to_rows(torch.randn(2, 2, 1, page, dim), kv_dtype)
+    cache[last] = to_pages(torch.randn(2, 2, 1, page, dim), kv_dtype)
     table = last[None].numpy()
     lengths = np.array([1]), np.array([20])
     batch = RaggedBatch(*lengths, table, np.array([-1]), np.array([19]), blocks, page)
     q = torch.randn(1, 2, dim).bfloat16()
-    stored = from_rows(cache[last])
+    stored = from_pages(cache[last])
     keys, values = stored.permute(1, 0, 3, 2, 4).reshape(2, 32, 1, dim)[:, :20]
     expected = naive_attention(q, keys, values, dim**-0.5)
     assert_close(run(q, cache, batch), expected, TOLERANCES["attention", torch.bfloat16])

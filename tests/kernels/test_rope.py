@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace_kernels.kv_format import from_rows, to_rows
+from headrace_kernels.kv_format import from_pages, quantize, values_and_scales
 from headrace_kernels.ops.rope import rope_and_write_kv
 from headrace_kernels.testing import (
     HEAD_SHAPES,
@@ -105,15 +105,26 @@ def test_the_cache_has_its_own_type(
     assert torch.equal(cache[block, 1, 0, offset], value.to(cache_dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [
+        (torch.float32, torch.int8),
+        (torch.bfloat16, torch.int8),
+        (torch.float32, torch.float8_e4m3fn),
+    ],
+)
 @pytest.mark.parametrize("dim", [40, 64])
 @pytest.mark.parametrize("rotary_dim", [0, 32])
-def test_rows_of_an_int8_cache(
-    rotary_dim: int, dim: int, dtype: torch.dtype, rng: np.random.Generator
+def test_rows_of_an_8_bit_cache(
+    rotary_dim: int,
+    dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    rng: np.random.Generator,
 ) -> None:
     batch = ragged_batch(LENGTHS, 16, rng)
-    cache = random_cache(batch.num_blocks, 2, 16, dim, dtype=torch.int8)
-    before = cache.clone()
+    cache = random_cache(batch.num_blocks, 2, 16, dim, dtype=kv_dtype)
+    before = from_pages(cache)
     qkv = torch.randn(batch.num_rows, 3 * 2 * dim).to(dtype)
     qkv[3] = 0.0
     positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slot_mapping)
@@ -122,26 +133,31 @@ def test_rows_of_an_int8_cache(
     used = slots >= 0
     block, offset = slots[used] // 16, slots[used] % 16
     _, key, value = qkv.view(-1, 3, 2, dim)[used].unbind(1)
-    keys, values = cache[block, 0, :, offset], cache[block, 1, :, offset]
-    assert torch.equal(values, to_rows(value, torch.int8))
+    rows, scales = values_and_scales(cache)
+    assert scales is not None
+    for side, x in ((0, key), (1, value))[rotary_dim > 0 :]:
+        expected_row, expected_scale = quantize(x, kv_dtype)
+        assert torch.equal(rows[block, side, :, offset].float(), expected_row.float())
+        assert torch.equal(scales[block, side, :, offset], expected_scale)
     rotated = naive(key, positions[used], cos_sin)
-    if rotary_dim == 0:
-        assert torch.equal(keys, to_rows(key, torch.int8))
-    # What rounds to another integer in other arithmetic lies between the two.
-    step = rotated.abs().amax(-1, keepdim=True) / 127
-    assert ((from_rows(keys) - rotated).abs() <= 0.5001 * step).all()
-    cache[block, :, :, offset] = before[block, :, :, offset]
-    assert torch.equal(cache, before), "a slot of no token was written"
+    # What rounds to another value in other arithmetic lies between the two. Steps of e4m3 are 32
+    # of 448 where they are largest, and an eighth of a value's power of two.
+    step = rotated.abs().amax(-1, keepdim=True) / (127 if kv_dtype == torch.int8 else 448 / 32)
+    after = from_pages(cache)
+    assert ((after[block, 0, :, offset] - rotated).abs() <= 0.5001 * step).all()
+    after[block, :, :, offset] = before[block, :, :, offset]
+    assert torch.equal(after, before), "a slot of no token was written"
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_an_int8_row_keeps_what_is_not_a_number(bad: float) -> None:
-    cache = torch.zeros(1, 2, 1, 16, 36, dtype=torch.int8)
+def test_an_8_bit_row_keeps_what_is_not_a_number(bad: float, dtype: torch.dtype) -> None:
+    cache = torch.zeros(1, 2, 1, 16, 36, dtype=dtype)
     for place in (0, 7, 31):
         qkv = torch.randn(2, 3 * 32)
         qkv[1, 64 + place] = bad
         rope_and_write_kv(qkv, torch.arange(2), table(8, 0), cache, torch.arange(2))
-        values = from_rows(cache[0, 1, 0, :2])
+        values = from_pages(cache[0, 1, 0])[:2]
         assert values[0].isfinite().all()
         assert values[1].isnan().all()
 

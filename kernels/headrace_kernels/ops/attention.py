@@ -31,9 +31,9 @@ def paged_attention(
 
     Args:
         q: [T, H, D], H a multiple of K.
-        kv_cache: [B, 2, K, P, D], or int8 [B, 2, K, P, D + 4] (kv_format.py): K and V of a block,
-            each head's page contiguous. Of tokens that do not exist it may hold anything, NaN
-            included.
+        kv_cache: [B, 2, K, P, D], or int8 or float8_e4m3fn [B, 2, K, P, D + 4] (kv_format.py): K
+            and V of a block, each head's page contiguous. Of tokens that do not exist it may hold
+            anything, NaN included.
         metadata: lengths and block tables; one for all layers of a step.
         scale: factor on the products of q and k.
         sliding_window: a token sees so many tokens, itself included; None for all before it.

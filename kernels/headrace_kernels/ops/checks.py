@@ -29,6 +29,6 @@ def check(
 
 
 def check_cache(kv_cache: Tensor, like: Tensor, *, shape: Sequence[int]) -> None:
-    """Raise ValueError unless this is a KV cache of this shape, of floats or int8."""
+    """Raise ValueError unless this is a KV cache of this shape, of floats or 8 bits."""
     dtype = torch.int8 if kv_cache.dtype == torch.int8 else None
     check("kv_cache", kv_cache, like, shape=shape, dtype=dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
-from headrace_kernels.kv_format import from_rows
+from headrace_kernels.kv_format import from_pages
 from headrace_kernels.reference.attention_plan import (
     TILE,
     AttentionPlan,
@@ -153,4 +153,6 @@ def _prefill(
 
 def _gather(pages: Tensor, head_pages: Tensor, layout: CacheLayout) -> Tensor:
     """Read pages of single heads as fp32 tiles: [len(head_pages) * P / TILE, TILE, D]."""
-    return from_rows(pages.index_select(0, head_pages).view(-1, TILE, layout.row_size))
+    gathered = pages.index_select(0, head_pages).view(-1, layout.page_size, layout.row_size)
+    values = from_pages(gathered)
+    return values.view(-1, TILE, values.shape[-1])

@@ -11,7 +11,7 @@ LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 def quantize_rows(x: Tensor, out: Tensor, scale: Tensor) -> None:
     """See ops/quantization.py."""
-    groups = x.float().view(*scale.shape, -1)
+    groups = x.float().view(*scale.shape, x.shape[-1] // scale.shape[-1])
     largest = groups.abs().amax(-1, keepdim=True)
     limit = torch.full_like(largest, LIMITS[out.dtype])
     # Not a number divided by a tensor: torch multiplies by a reciprocal then, which rounds twice.

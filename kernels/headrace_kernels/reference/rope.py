@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headrace_kernels.kv_format import to_rows
+from headrace_kernels.kv_format import write_tokens
 from headrace_kernels.reference.norm import rms_norm
 
 
@@ -22,7 +22,7 @@ def rope_and_write_kv(
 ) -> None:
     """See ops/rope.py."""
     num_tokens, num_heads, head_dim = q_out.shape
-    num_kv_heads, page_size = kv_cache.shape[2:4]
+    num_kv_heads = kv_cache.shape[2]
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     qk = heads[:, : num_heads + num_kv_heads].float()
     if q_norm is not None and k_norm is not None:
@@ -34,11 +34,9 @@ def rope_and_write_kv(
     q_out.copy_(qk[:, :num_heads])
 
     keys, values = qk[:, num_heads:], heads[:, num_heads + num_kv_heads :]
-    keys_values = torch.stack([to_rows(x, kv_cache.dtype) for x in (keys, values)], dim=1)
     written = slot_mapping >= 0
-    slots = slot_mapping[written]
-    by_token = kv_cache.permute(0, 3, 1, 2, 4)
-    by_token[slots // page_size, slots % page_size] = keys_values[written]
+    keys_values = torch.stack((keys, values.float()), dim=1)
+    write_tokens(kv_cache, slot_mapping[written], keys_values[written])
 
 
 def _rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

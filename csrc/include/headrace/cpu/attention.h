@@ -242,18 +242,38 @@ class Worker {
     };
     Span seen(int tile) const { return {std::max(first_ - tile, 0), std::min(last_ - tile, TILE)}; }
 
-    // Where the keys of a tile's tokens are; for those that nobody sees, somewhere.
-    void find_tokens(int tile, const void** tokens) const {
+    // Calls f(page, offset, first, last) where the tokens [first, last) of a tile that some row sees
+    // have their keys in one page, from the row `offset` of it.
+    template <class F>
+    void for_each_page(int tile, F&& f) const {
         const Span span = seen(tile);
         const auto page_size = static_cast<int>(batch_.page_size);
         int page = (tile + span.first) / page_size;
         int offset = (tile + span.first) % page_size;
         for (int j = span.first; j < span.last; ++page, offset = 0) {
-            const Cache* key =
-                pages_ + int64_t{table_[page]} * batch_.block_stride + offset * batch_.row_size;
             const int end = std::min(span.last, j + page_size - offset);
-            for (; j < end; ++j, key += batch_.row_size) tokens[j] = key;
+            f(pages_ + int64_t{table_[page]} * batch_.block_stride, offset, j, end);
+            j = end;
         }
+    }
+
+    // The scale of a row of an int8 page.
+    const Cache* scale_of(const Cache* page, int offset) const {
+        return page + batch_.page_size * batch_.dim + offset * static_cast<int>(sizeof(float));
+    }
+
+    // Where the keys of a tile's tokens are; for those that nobody sees, somewhere.
+    void find_tokens(int tile, const void** tokens) const {
+        const Span span = seen(tile);
+        for_each_page(tile, [&](const Cache* page, int offset, int first, int last) {
+            const Cache* key = page + offset * batch_.dim;
+            for (int j = first; j < last; ++j, key += batch_.dim) tokens[j] = key;
+            if constexpr (std::is_same_v<Cache, int8_t>) {
+                const Cache* const scales = scale_of(page, offset);
+                __builtin_prefetch(scales);
+                __builtin_prefetch(scales + batch_.kv_stride);
+            }
+        });
         std::fill(tokens, tokens + span.first, tokens[span.first]);
         std::fill(tokens + span.last, tokens + TILE, tokens[span.first]);
     }
@@ -262,17 +282,18 @@ class Worker {
     Ahead ahead(int tile, const void* const* tokens, int64_t offset) const {
         const Span span = seen(tile);
         constexpr int64_t SIZE = sizeof(Cache);
-        return {tokens, offset * SIZE, batch_.row_size * SIZE, span.first, span.last};
+        return {tokens, offset * SIZE, batch_.dim * SIZE, span.first, span.last};
     }
 
     // Those of an int8 cache.
-    const TokenScales* load_scales(const Cache* const* keys, const Span& span) {
+    const TokenScales* load_scales(int tile) {
         if constexpr (std::is_same_v<Cache, int8_t>) {
-            for (int j = span.first; j < span.last; ++j) {
-                const Cache* const behind = keys[j] + batch_.dim;
-                std::memcpy(&own_.scales.keys[j], behind, sizeof(float));
-                std::memcpy(&own_.scales.values[j], behind + batch_.kv_stride, sizeof(float));
-            }
+            for_each_page(tile, [&](const Cache* page, int offset, int first, int last) {
+                const Cache* const scales = scale_of(page, offset);
+                const size_t bytes = static_cast<size_t>(last - first) * sizeof(float);
+                std::memcpy(own_.scales.keys + first, scales, bytes);
+                std::memcpy(own_.scales.values + first, scales + batch_.kv_stride, bytes);
+            });
             return &own_.scales;
         }
         return nullptr;
@@ -319,7 +340,7 @@ class Worker {
         Tiles::score(own_.queries + begin * Tiles::query_size(dim), rows, columns, dim, own_.keys,
                      own_.scores, next_keys);
         Tiles::soften(own_.scores, rows, span.last, tile, first + begin, last + begin, batch_.scale,
-                      batch_.soft_cap, load_scales(keys, span), of_rows, own_.factor);
+                      batch_.soft_cap, load_scales(tile), of_rows, own_.factor);
         Tiles::weigh(own_.scores, rows, keys, batch_.kv_stride, span.first, span.last, dim,
                      own_.factor, own_.values, of_rows.values, next_values);
         next_values.fetch(0, span.first);

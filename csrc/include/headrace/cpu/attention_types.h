@@ -25,9 +25,10 @@ constexpr float LOWEST = std::numeric_limits<float>::lowest();
 struct Batch {
     const void* q;  // [T, heads, dim]
     int64_t q_stride;
-    const void* kv_cache;  // [B, 2, kv_heads, page_size, row_size], a page contiguous
+    // [B, 2, kv_heads] pages: [page_size, dim] values, and behind int8 ones [page_size] floats, the
+    // scales of their tokens.
+    const void* kv_cache;
     int64_t block_stride, kv_stride, head_stride;
-    int64_t row_size;                // dim, and behind int8 values the 4 bytes of their float scale
     const int32_t* query_start_loc;  // [requests + 1]
     const int32_t* seq_lens;         // [requests]
     const int32_t* block_table;      // [requests, at least what seq_lens needs]

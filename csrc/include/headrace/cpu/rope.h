@@ -60,9 +60,9 @@ HEADRACE_INLINE void rope_head(const In* head, const float* cos, const float* si
     rotate_head<true>(head, cos, sin, half, head_dim, scale, norm, out);
 }
 
-// The integers of x, and behind them their scale.
+// The integers of x, and their scale.
 template <class In>
-HEADRACE_INLINE void quantize_row(const In* x, int64_t size, int8_t* out) {
+HEADRACE_INLINE void quantize_row(const In* x, int64_t size, int8_t* out, int8_t* scale_out) {
     constexpr float LIMIT = 127.0F;
     Vec top = Vec::set(0.0F), poison = Vec::set(0.0F);
     for (int64_t i = 0; i < size; i += LANES) {
@@ -80,14 +80,14 @@ HEADRACE_INLINE void quantize_row(const In* x, int64_t size, int8_t* out) {
         store_first(within.round(), out + i, size - i);
     }
     const float scale = largest / LIMIT + sum_of_lanes(poison);
-    std::memcpy(out + size, &scale, sizeof scale);
+    std::memcpy(scale_out, &scale, sizeof scale);
 }
 
 // The heads of q, k and v of one token. `key` and `value` are where its first head of each goes in
-// the cache, null if nowhere.
+// the cache, null if nowhere; from there to the scale of an int8 row it is `to_scale`.
 template <class In, class Cache>
 void rope_token(const RopeShape& shape, const In* qkv, const float* cos_sin, In* q_out, Cache* key,
-                Cache* value) {
+                Cache* value, int64_t to_scale) {
     const float* cos = cos_sin;
     const float* sin = cos_sin + shape.half;
     for (int64_t h = 0; h < shape.num_heads; ++h) {
@@ -106,8 +106,8 @@ void rope_token(const RopeShape& shape, const In* qkv, const float* cos_sin, In*
             float rotated[MAX_QUANTIZED_DIM];
             rope_head(own_k, cos, sin, shape.half, shape.head_dim, shape.k_norm, shape.eps,
                       rotated);
-            quantize_row(rotated, shape.head_dim, key_row);
-            quantize_row(own_v, shape.head_dim, value_row);
+            quantize_row(rotated, shape.head_dim, key_row, key_row + to_scale);
+            quantize_row(own_v, shape.head_dim, value_row, value_row + to_scale);
         } else {
             rope_head(own_k, cos, sin, shape.half, shape.head_dim, shape.k_norm, shape.eps,
                       key_row);
