@@ -77,6 +77,7 @@ OPTIONAL_PACKAGES = {
     "pynvml": None,
 }
 DISTRIBUTION_OF = {"yaml": "pyyaml"}
+ENGINE_PARTS = ("engine", "models", "layers", "loading", "quantization", "sampling_params")
 
 # Besides config.py, which reads it.
 MAY_TOUCH_THE_ENVIRONMENT = {
@@ -352,6 +353,38 @@ def test_importing_loads_nothing_heavy(name: str, banned: tuple[str, ...]) -> No
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+COMPUTES = ("torch", "numpy", "psutil", "safetensors")
+"""The dependencies that computing tokens takes; the others serve, show or encode them."""
+
+
+def test_the_engine_imports_with_few_packages() -> None:
+    """bench/gpu.py runs it on machines where nothing can be installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
+    package_of = {name: package for package, name in DISTRIBUTION_OF.items()}
+    banned = {package_of.get(name, name.replace("-", "_")) for name in names}
+    served_only = {"channel", "process", "process_client", "wire"}
+    engine = [
+        name
+        for name in modules()
+        if is_within(name, {f"headrace.{part}" for part in ENGINE_PARTS})
+        and name.removeprefix("headrace.engine.") not in served_only
+    ]
+    program = (
+        f"import importlib, sys; sys.modules |= dict.fromkeys({banned - set(COMPUTES)!r});"
+        f"[importlib.import_module(name) for name in {engine!r}]"
+    )
+    path = os.pathsep.join(str(root) for root in SOURCE_ROOTS.values())
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 # ---- house rules -------------------------------------------------------------------------------

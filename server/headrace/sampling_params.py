@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-
-import msgspec
+from dataclasses import dataclass, field
 
 from headrace.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
     """How the next token is chosen and when generation ends.
 
     Filters apply in the order penalties and logit_bias, temperature, top_k, top_p, min_p. Every
@@ -80,10 +81,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         seed = self.seed
         if seed is not None:
             seed = (seed + index + 2**63) % 2**64 - 2**63
-        return msgspec.structs.replace(self, n=1, seed=seed)
+        return dataclasses.replace(self, n=1, seed=seed)
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
     """One sequence to generate, in token ids. The engine knows no text.
 
     `sampling.n` is 1 here: a request for n choices is n of these, sharing their prompt's blocks.
@@ -105,7 +107,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     model_revision: str = ""
     trace_context: str = ""
     """W3C traceparent."""
-    resume_token_ids: list[int] = []
+    resume_token_ids: list[int] = field(default_factory=list)
     """Output tokens already delivered, when a request is replayed on a restarted engine."""
 
 

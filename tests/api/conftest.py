@@ -29,10 +29,10 @@ from headrace.engine.client import (
     QueueLimits,
     RequestOutput,
     RequestRecord,
+    StepOutputs,
     TokenLogprobs,
 )
 from headrace.engine.live_requests import LiveRequests, LiveStream
-from headrace.engine.wire import StepOutputs
 from headrace.errors import HeadraceError, UnavailableError
 from headrace.observability.metrics import Metrics
 from headrace.sampling_params import GenerateRequest

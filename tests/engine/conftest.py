@@ -12,11 +12,10 @@ import pytest
 
 from headrace.engine.batch import FinishedStep, ScheduledBatch, StepResult
 from headrace.engine.block_pool import BlockPool
-from headrace.engine.client import RequestOutput
+from headrace.engine.client import RequestOutput, StepOutputs
 from headrace.engine.kv_cache import KVCacheManager
 from headrace.engine.request import RunningRequests
 from headrace.engine.scheduler import Scheduler
-from headrace.engine.wire import StepOutputs
 from headrace.sampling_params import GenerateRequest, SamplingParams
 
 VOCAB_SIZE = 1000

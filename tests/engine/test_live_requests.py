@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
+import dataclasses
+
 import pytest
 
 from headrace.engine.client import (
@@ -11,9 +12,9 @@ from headrace.engine.client import (
     QueueLimits,
     RequestOutput,
     RequestRecord,
+    StepOutputs,
 )
 from headrace.engine.live_requests import LiveRequests
-from headrace.engine.wire import StepOutputs
 from headrace.errors import (
     ContextLengthExceededError,
     EngineError,
@@ -137,8 +138,8 @@ async def test_both_queue_limits_refuse_and_first_tokens_make_room(live):
         (request(tokens=32), ContextLengthExceededError, "messages"),
         (request(stop_token_ids=(100,)), InvalidRequestError, "stop_token_ids"),
         (request(logit_bias={-1: 1.0}), InvalidRequestError, "logit_bias"),
-        (msgspec.structs.replace(request(), prompt_token_ids=[100]), InvalidRequestError, "prompt"),
-        (msgspec.structs.replace(request(), prompt_token_ids=[-1]), InvalidRequestError, "prompt"),
+        (dataclasses.replace(request(), prompt_token_ids=[100]), InvalidRequestError, "prompt"),
+        (dataclasses.replace(request(), prompt_token_ids=[-1]), InvalidRequestError, "prompt"),
     ],
 )
 async def test_what_the_model_cannot_take_is_refused_by_name(live, bad, error, param):

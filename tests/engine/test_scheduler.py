@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
-import msgspec
 import pytest
 
 from headrace.engine.block_pool import BlockPool
@@ -120,7 +120,7 @@ def test_a_deadline_drops_what_still_waits(make_harness):
     harness.step()
     harness.add("expires", [1], max_tokens=3)
     request = harness.scheduler._requests["expires"]
-    request.source = msgspec.structs.replace(request.source, deadline=time.monotonic() - 1)
+    request.source = dataclasses.replace(request.source, deadline=time.monotonic() - 1)
     harness.run()
     assert harness.ended["expires"].finish_reason is FinishReason.DEADLINE
     assert harness.tokens["expires"] == []

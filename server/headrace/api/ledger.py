@@ -5,10 +5,9 @@ An account closes when its reader has left and the engine's record is there, in 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Protocol
-
-import msgspec
 
 from headrace.engine.client import FinishReason, RequestRecord
 
@@ -78,5 +77,5 @@ class RequestLedger:
             return
         del self._accounts[request_id]
         if account.stopped_by_text and record.finish_reason is FinishReason.ABORT:
-            record = msgspec.structs.replace(record, finish_reason=FinishReason.STOP)
+            record = dataclasses.replace(record, finish_reason=FinishReason.STOP)
         self._metrics.observe_request(record)

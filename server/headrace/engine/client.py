@@ -1,16 +1,16 @@
 """What the API process sees of an engine: submit token ids, iterate over outputs, ask how it is.
 
 `EngineClient` is the interface; `process_client.py` runs the engine in a process of its own and
-`LLM` uses the same engine in this process. Nothing here imports torch.
+`LLM` uses the same engine in this process. The values are plain dataclasses: nothing here imports
+torch, or what encodes them (wire.py).
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Protocol
-
-import msgspec
 
 from headrace.sampling_params import GenerateRequest
 
@@ -24,7 +24,8 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
     """Natural log-probabilities at one position, before penalties, temperature and filters."""
 
     logprob: float
@@ -34,7 +35,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRecord:
     """The one typed end of every request; metrics, logs, traces and usage all read it.
 
     Times are time.monotonic() seconds; those of stages that were never reached are 0.
@@ -55,12 +57,13 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
     """What became known of one request since the last output: one step's token, or several when
     the reader is slower than the engine."""
 
     request_id: str
-    token_ids: list[int] = []
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     """One entry per token of `token_ids`, when asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -75,7 +78,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """Present exactly when finish_reason is."""
 
 
-class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
     """What a loaded engine tells about itself."""
 
     max_model_len: int
@@ -96,7 +100,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Instruction set of the CPU kernels; "none" where they do not run."""
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
     """The engine's gauges after its last step, and its counters since it started."""
 
     running: int = 0
@@ -114,7 +119,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     resident_bytes: int = 0
 
 
-class QueueLimits(msgspec.Struct, frozen=True):
+@dataclass(slots=True)
+class StepOutputs:
+    """All that one step found. The common case, a row that got one plain token, is columns."""
+
+    handles: list[int]
+    token_ids: list[int]
+    """[len(handles)]"""
+    details: list[RequestOutput]
+    """Rows with more to say than a token: first tokens, log-probabilities, ends, errors."""
+    stats: EngineStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
     """What may wait for its first token before new requests are refused with 429."""
 
     max_queued_requests: int

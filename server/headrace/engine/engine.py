@@ -14,9 +14,8 @@ from headrace.engine.batch import (
     PendingStep,
     ScheduledBatch,
 )
-from headrace.engine.client import EngineStats, ModelInfo, RequestOutput
+from headrace.engine.client import EngineStats, ModelInfo, RequestOutput, StepOutputs
 from headrace.engine.scheduler import Scheduler
-from headrace.engine.wire import StepOutputs
 from headrace.sampling_params import GenerateRequest
 
 RESIDENT_BYTES_PERIOD = 1.0  # seconds; reading it costs more than scheduling a step

@@ -6,12 +6,11 @@ Used by every EngineClient; knows nothing of processes or sockets, and runs on o
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-
-import msgspec
 
 from headrace.engine.client import (
     FinishReason,
@@ -19,9 +18,9 @@ from headrace.engine.client import (
     QueueLimits,
     RequestOutput,
     RequestRecord,
+    StepOutputs,
     TokenLogprobs,
 )
-from headrace.engine.wire import StepOutputs
 from headrace.errors import (
     ContextLengthExceededError,
     EngineError,
@@ -157,8 +156,8 @@ class LiveRequests:
         self._check_queue(len(request.prompt_token_ids))
         if request.sampling.seed is None:
             # Fixed here, so that a replay on a restarted engine repeats the same tokens.
-            sampling = msgspec.structs.replace(request.sampling, seed=secrets.randbits(62))
-            request = msgspec.structs.replace(request, sampling=sampling)
+            sampling = dataclasses.replace(request.sampling, seed=secrets.randbits(62))
+            request = dataclasses.replace(request, sampling=sampling)
         handle = next(self._next_handle)
         stream = LiveStream(request, self._abort)
         self._by_handle[handle] = stream
@@ -201,10 +200,10 @@ class LiveRequests:
                 continue
             sampling = stream.request.sampling
             if stream.received:
-                sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+                sampling = dataclasses.replace(sampling, prompt_logprobs=None)
             yield (
                 handle,
-                msgspec.structs.replace(
+                dataclasses.replace(
                     stream.request, sampling=sampling, resume_token_ids=list(stream.received)
                 ),
             )
@@ -285,7 +284,7 @@ def _own_record(stream: LiveStream, reason: FinishReason) -> RequestRecord:
 
 def _across_engines(record: RequestRecord, first_token_time: float) -> RequestRecord:
     """The last engine of a replayed request knows only its own part: its first token is older."""
-    return msgspec.structs.replace(
+    return dataclasses.replace(
         record,
         first_token_time=first_token_time,
         scheduled_time=min(record.scheduled_time, first_token_time),

@@ -33,6 +33,7 @@ from headrace.engine.wire import (
     Ready,
     ResetPrefixCache,
     Shutdown,
+    StepDone,
     Submit,
     ToEngine,
 )
@@ -84,7 +85,7 @@ class EngineProcess:
         while not self._stop:
             self._receive(engine, wait=not engine.has_work)
             if engine.has_work:
-                self._send(engine.step())
+                self._send(StepDone(engine.step()))
         return 0
 
     def _load(self, config: EngineConfig) -> Engine:

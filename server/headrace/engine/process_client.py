@@ -40,7 +40,7 @@ from headrace.engine.wire import (
     Ready,
     ResetPrefixCache,
     Shutdown,
-    StepOutputs,
+    StepDone,
     Submit,
     ToEngine,
 )
@@ -255,10 +255,10 @@ class ProcessEngineClient:
         self._last_seen = time.monotonic()
         message = self._decoder.decode(data)
         match message:
-            case StepOutputs():
-                self._live.deliver(message)
-                if message.stats is not None:
-                    self._observe(message.stats)
+            case StepDone(outputs=outputs):
+                self._live.deliver(outputs)
+                if outputs.stats is not None:
+                    self._observe(outputs.stats)
             case Heartbeat():
                 self._observe(message.stats)
             case PrefixCacheReset():

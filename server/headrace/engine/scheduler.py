@@ -21,7 +21,7 @@ from collections.abc import Collection
 import numpy as np
 
 from headrace.engine.batch import ScheduledBatch, StepResult
-from headrace.engine.client import FinishReason, RequestOutput, TokenLogprobs
+from headrace.engine.client import FinishReason, RequestOutput, StepOutputs, TokenLogprobs
 from headrace.engine.kv_cache import KVCacheManager
 from headrace.engine.request import (
     UNKNOWN_TOKEN,
@@ -30,7 +30,6 @@ from headrace.engine.request import (
     Request,
     RunningRequests,
 )
-from headrace.engine.wire import StepOutputs
 from headrace.sampling_params import GenerateRequest
 
 

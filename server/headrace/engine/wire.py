@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from headrace.engine.client import EngineStats, ModelInfo, RequestOutput
+from headrace.engine.client import EngineStats, ModelInfo, StepOutputs
 from headrace.sampling_params import GenerateRequest
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
@@ -50,15 +50,8 @@ class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed", array_like=True
     """The model files or options are at fault: starting again cannot help."""
 
 
-class StepOutputs(msgspec.Struct, tag="step", array_like=True):
-    """All that one step found. The common case, a row that got one plain token, is columns."""
-
-    handles: list[int]
-    token_ids: list[int]
-    """[len(handles)]"""
-    details: list[RequestOutput]
-    """Rows with more to say than a token: first tokens, log-probabilities, ends, errors."""
-    stats: EngineStats | None = None
+class StepDone(msgspec.Struct, frozen=True, tag="step", array_like=True):
+    outputs: StepOutputs
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
@@ -72,4 +65,4 @@ class PrefixCacheReset(msgspec.Struct, frozen=True, tag="prefix_cache_reset", ar
 
 
 ToEngine = Submit | Abort | ResetPrefixCache | Shutdown
-FromEngine = Hello | LoadProgress | Ready | LoadFailed | StepOutputs | Heartbeat | PrefixCacheReset
+FromEngine = Hello | LoadProgress | Ready | LoadFailed | StepDone | Heartbeat | PrefixCacheReset
