@@ -35,6 +35,7 @@ OPS = {
     "scaled_linear": ("scaled_linear",),
     "quantized_linear": ("quantized_linear", "quantized_embedding"),
     "sampling": ("sample_tokens", "token_logprobs"),
+    "step_inputs": ("put", "token_inputs", "sampling_inputs"),
 }
 """The functions of each stem."""
 

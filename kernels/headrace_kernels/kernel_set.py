@@ -137,6 +137,42 @@ class TokenLogprobs(Protocol):
     ) -> None: ...
 
 
+class Put(Protocol):
+    def __call__(self, index: Tensor, values: Tensor, out: Tensor) -> None: ...
+
+
+class TokenInputs(Protocol):
+    def __call__(
+        self,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        tokens: Tensor,
+        last_tokens: Tensor,
+        block_table: Tensor,
+        page_size: int,
+        token_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+    ) -> None: ...
+
+
+class SamplingInputs(Protocol):
+    def __call__(
+        self,
+        rows: Tensor,
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        words: Tensor,
+        logit_indices: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSet:
     """One implementation of every op. All write into their last arguments and return nothing."""
@@ -154,6 +190,9 @@ class KernelSet:
     quantized_embedding: QuantizedEmbedding
     sample_tokens: SampleTokens
     token_logprobs: TokenLogprobs
+    put: Put
+    token_inputs: TokenInputs
+    sampling_inputs: SamplingInputs
     names: tuple[tuple[str, str], ...]
     """(stem, candidate) of what was chosen, for logs."""
     batch_invariant: bool
