@@ -91,6 +91,9 @@ MAY_PRINT = {
     "headrace_kernels.triton.compile_gate": "it is a command line",
 }
 
+# Other engines, imported by the benchmarks where they are.
+PEERS = {"vllm", "sglang"}
+
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # path, or path::function -> why it may be longer
