@@ -11,22 +11,25 @@ from torch import Tensor
 
 from headrace.layers.context import LayerContext
 from headrace.layers.matrix import Matrix
+from headrace.layers.stored_rows import Rows
+from headrace.quantization.method import Format, ScaledFormat
 from headrace_kernels.dispatch import KernelFacts, choose
 from headrace_kernels.packed_format import PackedFormat
 from headrace_kernels.testing import random_packed
 
-INNER = 64
+INNER = 128
 Q4, Q8, Q6_K = PackedFormat(4, True), PackedFormat(8, False), PackedFormat(8, False, 16)
+INT8, E4M3, BLOCKS = ScaledFormat("int8"), ScaledFormat("e4m3"), ScaledFormat("e4m3", True)
 
 
 @dataclass
 class Part:
-    """A tensor whose packed form is known, or None."""
+    """A tensor whose stored form is known, if it has one."""
 
     name: str
-    packed: Tensor | None
+    stored: tuple[Tensor, ...]
     dense: Tensor
-    fmt: PackedFormat | None
+    fmt: Format | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,19 +40,29 @@ class Part:
 
 
 class Method:
-    def packed_format(self, tensor: Any) -> PackedFormat | None:
-        fmt: PackedFormat | None = tensor.fmt
+    def format_of(self, tensor: Any) -> Format | None:
+        fmt: Format | None = tensor.fmt
         return fmt
 
-    def pack_into(self, tensor: Any, packed: Tensor) -> None:
-        packed.copy_(tensor.packed)
+    def read(self, tensor: Any, fmt: Format, into: tuple[Tensor, ...]) -> None:
+        assert fmt == tensor.fmt
+        for target, stored in zip(into, tensor.stored, strict=True):
+            target.copy_(stored)
 
 
-def part(rows: int, fmt: PackedFormat | None) -> Part:
+def part(rows: int, fmt: Format | None) -> Part:
     if fmt is None:
-        return Part("w", None, torch.randn(rows, INNER), None)
-    packed, dense = random_packed(fmt, rows, INNER)
-    return Part("w", packed, dense.float(), fmt)
+        return Part("w", (), torch.randn(rows, INNER), None)
+    if isinstance(fmt, PackedFormat):
+        packed, dense = random_packed(fmt, rows, INNER)
+        return Part("w", (packed,), dense.float(), fmt)
+    dtype = torch.int8 if fmt.dtype == "int8" else torch.float8_e4m3fn
+    weight = (20 * torch.randn(rows, INNER)).to(dtype)
+    scale = 0.05 * torch.rand(fmt.scale_shape(rows, INNER))
+    of_rows = scale
+    if fmt.of_blocks:
+        of_rows = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
+    return Part("w", (weight, scale), weight.float() * of_rows, fmt)
 
 
 def read(
@@ -89,23 +102,34 @@ def read(
         ([(20, Q4), (32, Q4)], 0),  # a block of both
         ([(32, Q4), (16, None)], 0),
         ([(32, None), (16, Q4)], 0),
+        ([(20, INT8), (33, INT8), (1, INT8)], 1),
+        ([(20, E4M3), (33, E4M3)], 1),
+        ([(128, BLOCKS), (200, BLOCKS)], 1),
+        ([(128, BLOCKS), (16, E4M3), (32, Q4)], 3),
+        ([(100, BLOCKS), (128, BLOCKS)], 0),  # a block of both
+        ([(20, E4M3), (16, None)], 0),
     ],
 )
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("activation_bits", [8, 16])
 def test_packed_or_dense(
-    parts: list[tuple[int, PackedFormat | None]], products: int, order: int, activation_bits: int
+    parts: list[tuple[int, Format | None]], products: int, order: int, activation_bits: int
 ) -> None:
     matrix, dense = read([part(*p) for p in parts], Method(), order, activation_bits)
-    assert len(matrix.packed) == products
+    assert len(matrix.stored) == products
     assert (matrix.dense is None) == (products > 0)
-    assert len(list(matrix.parameters())) == max(products, 1)
+    tensors = sum(len(rows.tensors) for rows in matrix.stored)
+    assert len(list(matrix.parameters())) == max(tensors, 1)
     x, bias = torch.randn(3, INNER), torch.randn(len(dense))
     out = torch.full((3, len(dense)), torch.nan)
-    matrix.multiply(x, bias, out)
+    matrix.multiply(Rows(x), bias, out)
     relative_error = (out - x @ dense.T - bias).norm() / out.norm()
-    assert relative_error < (1e-5 if products == 0 else 0.02 if activation_bits == 8 else 0.005)
-    if products < 2:
+    formats = {rows.fmt for rows in matrix.stored}
+    allowed = 1e-5 if products == 0 else 0.02 if activation_bits == 8 else 0.005
+    if any(isinstance(fmt, ScaledFormat) for fmt in formats):
+        allowed = 0.01 if formats == {INT8} else 0.04  # 3 bits of mantissa
+    assert relative_error < allowed
+    if products < 2 and not any(isinstance(fmt, ScaledFormat) for fmt in formats):
         looked_up = torch.full_like(dense, torch.nan)
         matrix.rows(torch.arange(len(dense)), looked_up)
         torch.testing.assert_close(looked_up, dense, atol=1e-5, rtol=1e-5)
@@ -119,5 +143,5 @@ def test_memory_is_counted_once() -> None:
 
 def test_without_a_method_all_is_dense() -> None:
     matrix, dense = read([part(32, Q4), part(9, Q4)], None)
-    assert not matrix.packed and matrix.dense is not None
+    assert not matrix.stored and matrix.dense is not None
     assert torch.equal(matrix.dense, dense)

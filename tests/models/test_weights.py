@@ -37,9 +37,16 @@ def test_a_missing_tensor_is_named(
 def test_an_unexpected_tensor_is_named(
     reference: Any, config: ModelConfig, paged_model: Any, as_weights: Any
 ) -> None:
-    state = {**reference.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    state = {**reference.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
     with pytest.raises(CheckpointError, match="does not know: model.layers.0.self_attn.q_pro"):
         paged_model(config, as_weights(state))
+
+
+def test_a_bias_of_zeros_that_the_architecture_lacks_is_left_out(
+    reference: Any, config: ModelConfig, paged_model: Any, as_weights: Any
+) -> None:
+    state = {**reference.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    paged_model(config, as_weights(state))
 
 
 def test_a_wrong_shape_is_named(

@@ -56,10 +56,10 @@ def stored(kind: str, rng: np.random.Generator, heads: int | None = None) -> Sto
 
 def packed(tensor: Stored, *, exact_scales: bool = False) -> torch.Tensor:
     method = GGUFBlocks(exact_scales=exact_scales)
-    fmt = method.packed_format(tensor)
+    fmt = method.format_of(tensor)
     assert fmt in FORMATS
     out = torch.full(fmt.shape(*tensor.shape), 255, dtype=torch.uint8)
-    method.pack_into(tensor, out)
+    method.read(tensor, fmt, (out,))
     return unpack(out, fmt)[:ROWS]
 
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_packed_is_left() -> None:
         name = "model.w"
         shape = (64, 512)
 
-    assert GGUFBlocks().packed_format(Safetensor()) is None
+    assert GGUFBlocks().format_of(Safetensor()) is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

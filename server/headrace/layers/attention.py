@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import Linear
+from headrace.layers.stored_rows import Rows
 from headrace.layers.weights import WeightSlots
+from headrace.quantization.method import Format
 from headrace_kernels.attention_metadata import AttentionMetadata
 
 
@@ -61,12 +63,17 @@ class Attention(nn.Module):
             self.k_norm = context.parameter(head_dim, dtype=torch.float32)
         self._context = context
 
+    @property
+    def input_format(self) -> Format | None:
+        return self.qkv_proj.weight.input_format
+
     def forward(
-        self, x: Tensor, positions: Tensor, kv_cache: Tensor, metadata: AttentionMetadata
+        self, x: Rows, positions: Tensor, kv_cache: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """x: [T, E], positions: [T] int64, kv_cache: as ops.rope has it, written here -> [T, E]."""
+        """x: [T, E], in the model dtype or as input_format; positions: [T] int64; kv_cache: as
+        ops.rope has it, written here -> [T, E]."""
         qkv = self.qkv_proj(x)
-        context, shape = self._context, (x.shape[0], self.num_heads, self.head_dim)
+        context, shape = self._context, (len(qkv), self.num_heads, self.head_dim)
         q = context.activations("q", *shape)
         context.kernels.rope_and_write_kv(
             qkv,
@@ -83,7 +90,7 @@ class Attention(nn.Module):
         context.kernels.paged_attention(
             q, kv_cache, metadata, self.head_dim**-0.5, self.sliding_window, None, attended
         )
-        out: Tensor = self.o_proj(attended.view(x.shape[0], -1))
+        out: Tensor = self.o_proj(Rows(attended.view(len(qkv), -1)))
         return out
 
     def weight_slots(self, prefix: str) -> WeightSlots:

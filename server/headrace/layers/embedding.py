@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from headrace.layers.context import LayerContext
 from headrace.layers.matrix import Matrix
+from headrace.layers.stored_rows import Rows
 
 LOGIT_ROWS = 256
 """Rows of logits made at a time: bounds the scratch of a wide vocabulary."""
@@ -41,8 +42,8 @@ def logits(hidden: Tensor, head: Matrix, context: LayerContext | None = None) ->
     count = hidden.shape[0]
     if head.dense is not None:
         hidden = hidden.to(head.dense.dtype)
-        if padding := -count % head.row_multiple:
-            hidden = functional.pad(hidden, (0, 0, 0, padding))
+    if padding := -count % head.row_multiple:
+        hidden = functional.pad(hidden, (0, 0, 0, padding))
     shape = (hidden.shape[0], head.out_features)
     if context is not None:
         out = context.activations("logits", *shape, dtype=torch.float32)
@@ -50,5 +51,5 @@ def logits(hidden: Tensor, head: Matrix, context: LayerContext | None = None) ->
         out = hidden.new_empty(shape, dtype=torch.float32)
     for begin in range(0, hidden.shape[0], LOGIT_ROWS):
         rows = slice(begin, begin + LOGIT_ROWS)
-        head.multiply(hidden[rows], None, out[rows])
+        head.multiply(Rows(hidden[rows]), None, out[rows])
     return out[:count]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
 from headrace.layers.matrix import Matrix
+from headrace.layers.stored_rows import Rows
 from headrace.layers.weights import WeightSlots
 
 
@@ -33,13 +34,13 @@ class Linear(nn.Module):
         self._context = context
         self._out_name = "+".join(parts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, in] -> [T, out], both in the model dtype.
+    def forward(self, x: Rows) -> Tensor:
+        """x: [T, in], in the model dtype or as weight.input_format -> [T, out], in the model dtype.
 
         What the residual stream adds in fp32 may be rounded to bf16 first without a measurable
         error (0.0225 mean log-probability either way).
         """
-        out = self._context.activations(self._out_name, x.shape[0], self.out_features)
+        out = self._context.activations(self._out_name, len(x.values), self.out_features)
         self.weight.multiply(x, self.bias, out)
         return out
 

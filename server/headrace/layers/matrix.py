@@ -1,48 +1,40 @@
-"""Matrix: the weight of linear layers, embedding and head, dense or packed as its tensors are."""
+"""Matrix: the weight of linear layers, embedding and head, dense or as its tensors are stored."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
+from headrace.layers.stored_rows import Rows, StoredRows, allocate, part_of, rows_per_unit
 from headrace.layers.weights import WeightTensor
-from headrace.quantization.method import QuantMethod
-from headrace_kernels.packed_format import COLUMNS, PackedFormat
-from headrace_kernels.packed_weight import unpack
+from headrace.quantization.method import Format, QuantMethod
+from headrace_kernels.packed_format import PackedFormat
 
 TORCH_ROW_MULTIPLE = 8
 """The last rows of a product by torch, beyond a multiple of this, are computed in another order."""
-
-
-@dataclass(slots=True)
-class PackedRows:
-    """Rows of a matrix that are packed alike; they begin and end with a column block."""
-
-    begin: int
-    end: int
-    fmt: PackedFormat
-    weight: Tensor
-    """Of these rows alone, uint8, as `fmt` says."""
+INVARIANT_KERNELS = ("cpu", "triton")
+"""Those of products whose rows need no padding: their order does not depend on the rows."""
 
 
 class Matrix(nn.Module):
-    """[Out, In]: in the model dtype, or the stored integers in packed form.
+    """[Out, In]: in the model dtype, or integers in packed form, or 8-bit rows with scales.
 
     Which of them it is shows when its tensors are read, and memory is taken then. Rows of several
-    tensors are packed, each in its own format, if all of them can be and begin and end with a
-    block. Neighbours of one format are one product.
+    tensors are kept as they are, each in its own format, if all of them can be and begin and end
+    with a unit of it. Neighbours of one format are one product.
     """
 
     def __init__(self, out_features: int, in_features: int, context: LayerContext) -> None:
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
         self.dense: nn.Parameter | None = None
-        self.packed: list[PackedRows] = []
-        self.packed_weights = nn.ParameterList()
-        self._whole: dict[PackedFormat, Tensor] = {}
+        self.stored: list[StoredRows] = []
+        self.stored_tensors = nn.ParameterList()
+        self.input_format: Format | None = None
+        """Of activations that need no conversion: see stored_rows.new_rows."""
+        self._whole: dict[Format, tuple[Tensor, ...]] = {}
         self._context = context
         self._kernels = context.kernels
 
@@ -53,77 +45,89 @@ class Matrix(nn.Module):
     @property
     def row_multiple(self) -> int:
         """What the rows of `x` are padded to, so that the bits of each depend on that row only."""
-        stem = "quantized_linear" if self.packed else "linear"
-        return 1 if dict(self._kernels.names)[stem] == "cpu" else TORCH_ROW_MULTIPLE
+        stems = {
+            "quantized_linear" if isinstance(rows.fmt, PackedFormat) else "scaled_linear"
+            for rows in self.stored
+        }
+        chosen = dict(self._kernels.names)
+        invariant = all(chosen[stem] in INVARIANT_KERNELS for stem in stems or {"linear"})
+        return 1 if invariant else TORCH_ROW_MULTIPLE
 
-    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """out = x @ self.T + bias. x: [T, In] in the model dtype, or fp32 if this is packed."""
+    def multiply(self, x: Rows, bias: Tensor | None, out: Tensor) -> None:
+        """out = x @ self.T + bias. x: [T, In] in the model dtype, in fp32, or as input_format."""
         if self.dense is not None:
-            self._kernels.linear(x, self.dense, bias, out)
+            self._kernels.linear(x.values, self.dense, bias, out)
             return
-        assert self.packed, "the weights have not been read"
-        bits = self._context.activation_bits
-        multiply = self._kernels.quantized_linear
-        if len(self.packed) == 1:
-            multiply(x, self.packed[0].weight, self.packed[0].fmt, bits, bias, out)
+        assert self.stored, "the weights have not been read"
+        if len(self.stored) == 1:
+            self.stored[0].multiply(x, bias, out, self._context)
             return
-        for rows in self.packed:
+        for rows in self.stored:
             own = slice(rows.begin, rows.end)
             own_bias = None if bias is None else bias[own]
-            multiply(x, rows.weight, rows.fmt, bits, own_bias, out[:, own])
+            rows.multiply(x, own_bias, out[:, own], self._context)
 
     def rows(self, indices: Tensor, out: Tensor) -> None:
         """out = the rows of these indices. indices: [T] int64, out: [T, In] fp32."""
         if self.dense is not None:
             self._kernels.embedding(indices, self.dense, out)
             return
-        (rows,) = self.packed  # a table of embeddings is one tensor
-        self._kernels.quantized_embedding(indices, rows.weight, rows.fmt, out)
+        (rows,) = self.stored  # a table of embeddings is one tensor
+        assert isinstance(rows.fmt, PackedFormat), "8-bit rows are kept for products only"
+        self._kernels.quantized_embedding(indices, rows.tensors[0], rows.fmt, out)
 
     def read(self, begin: int, end: int, tensor: WeightTensor, method: QuantMethod | None) -> None:
         """Read the rows [begin, end)."""
-        fmt = method.packed_format(tensor) if method is not None else None
-        whole_blocks = begin % COLUMNS == 0 and (end % COLUMNS == 0 or end == self.out_features)
-        if method is None or fmt is None or not whole_blocks or self.dense is not None:
+        fmt = method.format_of(tensor) if method is not None else None
+        if method is None or fmt is None or self.dense is not None:
             tensor.read_into(self._as_dense()[begin:end])
             return
-        rows = PackedRows(begin, end, fmt, self._weight(fmt, begin, end))
-        method.pack_into(tensor, rows.weight)
+        unit = rows_per_unit(fmt)
+        if begin % unit or (end % unit and end != self.out_features):
+            tensor.read_into(self._as_dense()[begin:end])
+            return
+        rows = StoredRows(begin, end, fmt, self._part(fmt, begin, end))
+        method.read(tensor, fmt, rows.tensors)
         self._add(rows)
 
-    def _weight(self, fmt: PackedFormat, begin: int, end: int) -> Tensor:
-        """Memory for these rows, behind that of the rows before them if they have this format.
-
-        There is a place for all rows in each format: what is never written takes no memory.
-        """
+    def _part(self, fmt: Format, begin: int, end: int) -> tuple[Tensor, ...]:
+        """Memory for these rows, behind that of the rows before them if they have this format."""
         if fmt not in self._whole:
-            shape = fmt.shape(self.out_features, self.in_features)
-            self._whole[fmt] = self._context.parameter(*shape, dtype=torch.uint8)
-        return self._whole[fmt][begin // COLUMNS : -(-end // COLUMNS)]
+            self._whole[fmt] = allocate(fmt, self.out_features, self.in_features, self._context)
+        return part_of(self._whole[fmt], fmt, begin, end)
 
-    def _add(self, rows: PackedRows) -> None:
-        joined: list[PackedRows] = []
-        for right in sorted([*self.packed, rows], key=lambda rows: rows.begin):
+    def _add(self, rows: StoredRows) -> None:
+        joined: list[StoredRows] = []
+        for right in sorted([*self.stored, rows], key=lambda rows: rows.begin):
             left = joined[-1] if joined else None
             if left is not None and left.end == right.begin and left.fmt == right.fmt:
                 left.end = right.end
-                left.weight = self._weight(left.fmt, left.begin, left.end)
+                left.tensors = self._part(left.fmt, left.begin, left.end)
             else:
                 joined.append(right)
-        self.packed = joined
-        self.packed_weights = nn.ParameterList(
-            nn.Parameter(rows.weight, requires_grad=False) for rows in joined
+        if len(joined) > 1 and sum(rows.end - rows.begin for rows in joined) == self.out_features:
+            self._drop_what_is_unused(joined)
+        self.stored = joined
+        self.stored_tensors = nn.ParameterList(
+            nn.Parameter(tensor, requires_grad=False) for rows in joined for tensor in rows.tensors
         )
 
+    def _drop_what_is_unused(self, complete: list[StoredRows]) -> None:
+        """There was a place for all rows in each format. On a CPU that takes no memory."""
+        if self._context.device.type != "cpu":
+            for rows in complete:
+                rows.tensors = tuple(tensor.clone() for tensor in rows.tensors)
+            self._whole = {}
+
     def _as_dense(self) -> Tensor:
-        """The dense parameter, which takes over what has been packed already."""
+        """The dense parameter, which takes over what has been read already."""
         if self.dense is None:
             shape = (self.out_features, self.in_features)
             self.dense = self._context.parameter(*shape)
-            for rows in self.packed:
-                unpacked = unpack(rows.weight, rows.fmt)[: rows.end - rows.begin]
-                self.dense[rows.begin : rows.end] = unpacked
-            self.packed, self.packed_weights, self._whole = [], nn.ParameterList(), {}
+            for rows in self.stored:
+                self.dense[rows.begin : rows.end] = rows.dequantized()
+            self.stored, self.stored_tensors, self._whole = [], nn.ParameterList(), {}
+            self.input_format = None
         return self.dense
 
 

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
 from headrace.layers.linear import Linear
+from headrace.layers.stored_rows import Rows, new_rows
 from headrace.layers.weights import WeightSlots
+from headrace.quantization.method import Format
 
 
 class GatedMLP(nn.Module):
@@ -36,11 +38,15 @@ class GatedMLP(nn.Module):
         )
         self._context = context
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [T, E] in the model dtype -> [T, E]."""
-        gate_up = self.gate_up_proj(x)
-        activated = self._context.activations("activated", x.shape[0], self.intermediate_size)
-        self._context.kernels.silu_and_mul(gate_up, activated)
+    @property
+    def input_format(self) -> Format | None:
+        return self.gate_up_proj.weight.input_format
+
+    def forward(self, x: Rows) -> Tensor:
+        """x: [T, E], in the model dtype or as input_format -> [T, E]."""
+        gate_up, fmt = self.gate_up_proj(x), self.down_proj.weight.input_format
+        activated = new_rows("activated", len(gate_up), self.intermediate_size, fmt, self._context)
+        self._context.kernels.silu_and_mul(gate_up, activated.values)
         out: Tensor = self.down_proj(activated)
         return out
 

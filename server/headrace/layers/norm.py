@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from headrace.layers.context import LayerContext
+from headrace.layers.stored_rows import Rows, new_rows
 from headrace.layers.weights import WeightSlots
+from headrace.quantization.method import Format
 
 
 class RMSNorm(nn.Module):
@@ -24,13 +26,17 @@ class RMSNorm(nn.Module):
         self.out_dtype = out_dtype or context.dtype
         self._context = context
 
-    def forward(self, x: Tensor | None, residual: Tensor) -> Tensor:
-        """Add x [T, E], if there is one, to residual [T, E] fp32 in place, and normalise that."""
-        out = self._context.activations("normalised", *residual.shape, dtype=self.out_dtype)
+    def forward(self, x: Tensor | None, residual: Tensor, fmt: Format | None = None) -> Rows:
+        """Add x [T, E], if there is one, to residual [T, E] fp32 in place, and normalise that.
+
+        `fmt` is the form that the product behind it takes.
+        """
+        (tokens, width), kernels = residual.shape, self._context.kernels
+        out = new_rows("normalised", tokens, width, fmt, self._context, dtype=self.out_dtype)
         if x is None:
-            self._context.kernels.rms_norm(residual, self.weight, self.eps, out)
+            kernels.rms_norm(residual, self.weight, self.eps, out.values)
         else:
-            self._context.kernels.add_rms_norm(x, residual, self.weight, self.eps, out)
+            kernels.add_rms_norm(x, residual, self.weight, self.eps, out.values)
         return out
 
     def weight_slots(self, prefix: str) -> WeightSlots:

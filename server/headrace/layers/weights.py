@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from headrace.errors import CheckpointError
@@ -34,7 +35,7 @@ class WeightSlot(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def read(self, tensor: WeightTensor, method: QuantMethod | None) -> None:
-        """`method` packs what it can; the rest, or all without one, is dequantized."""
+        """`method` keeps what it can as it is; the rest, or all without one, becomes dense."""
         ...
 
 
@@ -52,7 +53,8 @@ def read_weights(
 ) -> set[str]:
     """Fill every slot from the tensor of its name; those of `optional` names may stay unfilled.
 
-    `method` says which tensors are kept packed; without one all are dequantized.
+    `method` says which tensors are kept in 4 or 8 bits; without one all become dense. A bias of
+    zeros that the architecture does not have is left out: AutoGPTQ stores them.
 
     Returns the names that were read. Raises CheckpointError, naming the tensor, for one that is
     missing, there twice, of a wrong shape, or unexpected and not in `ignored`.
@@ -61,7 +63,7 @@ def read_weights(
     for tensor in tensors:
         slot = slots.get(tensor.name)
         if slot is None:
-            if tensor.name in ignored:
+            if tensor.name in ignored or _is_bias_of_zeros(tensor):
                 continue
             raise CheckpointError(
                 f"The checkpoint has a tensor that its architecture does not know: {tensor.name}. "
@@ -86,3 +88,11 @@ def read_weights(
             "Download it again, or check that all of its shards are there."
         )
     return done
+
+
+def _is_bias_of_zeros(tensor: WeightTensor) -> bool:
+    if not tensor.name.endswith(".bias") or len(tensor.shape) != 1:
+        return False
+    bias = torch.empty(tensor.shape)
+    tensor.read_into(bias)
+    return not bool(bias.any())

@@ -28,6 +28,10 @@ _ITEM_BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 _READABLE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LOADABLE = _READABLE | {
+    "I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
 
 
 class SafetensorsTensor:
@@ -50,6 +54,21 @@ class SafetensorsTensor:
     @property
     def raw(self) -> memoryview:
         return self._file.view()[self._start : self._start + self.nbytes]
+
+    def load(self) -> torch.Tensor:
+        """A copy in the stored type, on the CPU. Raises CheckpointError for a type torch lacks."""
+        import torch
+
+        if self.dtype not in _LOADABLE:
+            raise CheckpointError(
+                f"{self._file.path}: tensor {self.name!r} is stored as {self.dtype}, which is not "
+                f"supported. Use a checkpoint in {', '.join(_LOADABLE)}."
+            )
+        dtype = getattr(torch, _LOADABLE[self.dtype])
+        if self.nbytes == 0:
+            return torch.empty(self.shape, dtype=dtype)
+        # A fresh bytearray: torch needs a writable, aligned buffer, the mapped file is neither.
+        return torch.frombuffer(bytearray(self.raw), dtype=dtype).view(self.shape)
 
     def read_into(self, out: torch.Tensor) -> None:
         """Convert into `out` in place: the same shape, any float dtype, strides and device.

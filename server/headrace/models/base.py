@@ -69,8 +69,9 @@ class DecoderLayer(nn.Module):
         metadata: AttentionMetadata,
     ) -> Tensor:
         """x: [T, E], what the layer before still has to add to residual [T, E] fp32 -> the same."""
-        attended = self.attention(self.input_norm(x, residual), positions, kv_cache, metadata)
-        out: Tensor = self.mlp(self.post_attention_norm(attended, residual))
+        normalised = self.input_norm(x, residual, self.attention.input_format)
+        attended = self.attention(normalised, positions, kv_cache, metadata)
+        out: Tensor = self.mlp(self.post_attention_norm(attended, residual, self.mlp.input_format))
         return out
 
     def weight_slots(self, prefix: str) -> WeightSlots:
@@ -134,7 +135,7 @@ class CausalLM(nn.Module):
         x: Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x = layer(x, residual, positions, kv_cache, metadata)
-        hidden: Tensor = self.norm(x, residual)
+        hidden: Tensor = self.norm(x, residual).values
         return hidden
 
     def compute_logits(self, hidden: Tensor, *, reuse: bool = False) -> Tensor:
@@ -147,7 +148,7 @@ class CausalLM(nn.Module):
     def load_weights(
         self, tensors: Iterable[WeightTensor], method: QuantMethod | None = None
     ) -> None:
-        """Read all weights; those that `method` can pack are kept as the integers they are.
+        """Read all weights, in the forms that `method` says; without one all are dense.
 
         Raises CheckpointError, naming the tensor, if one does not fit.
         """

@@ -12,7 +12,9 @@ from headrace.errors import CheckpointError
 from headrace.layers.rope_parameters import ROPE_TYPES, RopeParameters
 from headrace.models.family import Traits
 from headrace.models.fields import Fields
+from headrace.models.quantization_config import quantization_scheme
 from headrace.models.registry import family_of_architecture, family_of_gguf
+from headrace.quantization.scheme import Scheme
 
 # general.file_type of GGUF: the type of most of its weights.
 _GGUF_FILE_TYPES = {0: "float32", 1: "float16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0"}
@@ -43,7 +45,9 @@ class ModelConfig:
     """Whether the head is the embedding; None: if the checkpoint stores no head (GGUF)."""
     eos_token_ids: tuple[int, ...]
     checkpoint_dtype: str
-    """float32, bfloat16, float16, or the name of a quantization."""
+    """float32, bfloat16, float16, or the name of a GGUF file's quantization."""
+    quantization: Scheme | None = None
+    """Of a checkpoint in safetensors; what it leaves out is of checkpoint_dtype."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -94,12 +98,6 @@ class ModelConfig:
         if not names:
             raise CheckpointError("config.json has no 'architectures'. Is it of a language model?")
         family = family_of_architecture(names[0])
-        if quantization := fields.section("quantization_config"):
-            method = quantization.text("quant_method", "unknown")
-            raise CheckpointError(
-                f"The weights are quantized ({method}), which is not supported in safetensors yet. "
-                "Use the unquantized checkpoint, or a GGUF file."
-            )
         if (activation := fields.text("hidden_act", "silu")) != "silu":
             raise CheckpointError(
                 f"config.json: 'hidden_act' {activation!r} is not supported: silu."
@@ -124,6 +122,7 @@ class ModelConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings", family.default_tied),
             eos_token_ids=_eos_token_ids(config, generation_config or {}),
             checkpoint_dtype=fields.text("dtype", fields.text("torch_dtype", "float32")),
+            quantization=quantization_scheme(fields),
         )
 
     @classmethod

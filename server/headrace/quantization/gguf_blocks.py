@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headrace.errors import CheckpointError
 from headrace.quantization.gguf_formats import packed_format
-from headrace.quantization.method import StoredTensor
+from headrace.quantization.method import Format, StoredTensor
 from headrace_kernels.packed_format import COLUMNS, GROUP, PackedFormat
 from headrace_kernels.packed_weight import pack_into
 
@@ -47,15 +47,14 @@ class GGUFBlocks:
     def __init__(self, *, exact_scales: bool = False) -> None:
         self._exact_scales = exact_scales
 
-    def packed_format(self, tensor: StoredTensor) -> PackedFormat | None:
+    def format_of(self, tensor: StoredTensor) -> PackedFormat | None:
         if not isinstance(tensor, BlockTensor):
             return None
         return packed_format(tensor.quantization, tensor.shape, exact_scales=self._exact_scales)
 
-    def pack_into(self, tensor: StoredTensor, packed: Tensor) -> None:
-        assert isinstance(tensor, BlockTensor)
-        fmt = self.packed_format(tensor)
-        assert fmt is not None
+    def read(self, tensor: StoredTensor, fmt: Format, into: tuple[Tensor, ...]) -> None:
+        assert isinstance(tensor, BlockTensor) and isinstance(fmt, PackedFormat)
+        (packed,) = into
         dtype = torch.float32 if fmt.scale_bits == 32 else torch.float16
         decode = _DECODERS[tensor.quantization]
         for first, blocks in _pieces(tensor):
