@@ -340,8 +340,10 @@ def _plan(args: argparse.Namespace) -> int:
     plan = make_plan(_with_local_model(config))
     resolved, model = plan.resolved, plan.model
     table = Table("value", "", "where from", box=None, pad_edge=False)
+    scheme = model.quantization
+    stored = model.checkpoint_dtype if scheme is None else scheme.label
     rows = [
-        ("model", str(plan.checkpoint.path), f"{model.architecture}, {model.checkpoint_dtype}"),
+        ("model", str(plan.checkpoint.path), f"{model.architecture}, {stored}"),
         ("parameters", f"{model.num_parameters:,}", "config"),
         ("device", resolved.device, plan.hardware.name),
     ]

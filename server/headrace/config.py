@@ -34,9 +34,15 @@ class ModelOptions:
         "Type of weights, GEMM inputs and KV cache; auto asks model and device, and keeps "
         "quantized weights as they are where it can.",
     )
-    weights: Literal["packed", "exact"] = option(
+    quantization: Literal["auto", "fp8", "int8"] = option(
+        "auto",
+        "Round weights to 8 bits as they are loaded, and their inputs as they come; auto leaves "
+        "them as the checkpoint has them.",
+    )
+    weights: Literal["packed", "exact", "dense"] = option(
         "packed",
-        "How quantized weights are kept: exact rounds neither their inputs to 8 bits nor scales.",
+        "How quantized weights are kept: exact rounds neither their inputs to 8 bits nor scales; "
+        "dense dequantizes them.",
     )
     max_model_len: int | None = option(
         None, "Tokens of prompt plus output a request may have; default: what the model allows."

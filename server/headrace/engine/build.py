@@ -23,10 +23,12 @@ from headrace.engine.scheduler import Scheduler
 from headrace.errors import ConfigError
 from headrace.layers.matrix import Matrix
 from headrace.layers.weights import WeightTensor
-from headrace.loading.checkpoint import Checkpoint
 from headrace.models.base import CausalLM, build_model
 from headrace.models.config import ModelConfig
 from headrace.quantization.gguf_blocks import GGUFBlocks
+from headrace.quantization.load_time import LoadTimeForm
+from headrace.quantization.method import QuantMethod
+from headrace.quantization.stored_form import StoredForm
 from headrace_kernels import dispatch, native
 from headrace_kernels.kernel_set import KernelSet
 
@@ -124,8 +126,8 @@ def _set_up_cpu(resolved: ResolvedConfig, hardware: Hardware) -> None:
 def _leaves_little_to_torch(model: CausalLM, kernels: KernelSet) -> bool:
     """Whether attention and all large products are our own, on our own threads."""
     chosen = dict(kernels.names)
-    dense = any(isinstance(part, Matrix) and part.dense is not None for part in model.modules())
-    return chosen["attention"] == "cpu" and (chosen["linear"] == "cpu" or not dense)
+    stems = {stem for part in model.modules() if isinstance(part, Matrix) for stem in part.stems}
+    return all(chosen[stem] == "cpu" for stem in {"attention", *stems})
 
 
 def _choose_kernels(resolved: ResolvedConfig, model: ModelConfig) -> KernelSet:
@@ -170,20 +172,32 @@ def _load_model(plan: Plan, kernels: KernelSet, progress: Progress) -> CausalLM:
         max_positions=plan.resolved.max_model_len,
         activation_bits=16 if plan.resolved.weights == "exact" else 8,
     )
-    # The file is there, but it may not load, and the reference is no faster than dense weights.
-    packs = plan.resolved.weights != "dense" and (
-        dict(kernels.names)["quantized_linear"] != "reference"
-        or "quantized_linear" in explicit_kernels(plan.resolved.kernel)
-    )
-    method = GGUFBlocks(exact_scales=plan.resolved.weights == "exact") if packs else None
-    model.load_weights(_with_progress(plan.checkpoint, progress), method)
+    model.load_weights(_with_progress(plan, progress), _quant_method(plan, kernels))
     return model.eval()
 
 
-def _with_progress(checkpoint: Checkpoint, progress: Progress) -> Iterator[WeightTensor]:
-    """The checkpoint's tensors; reports the bytes of each once its reader asks for the next."""
-    total, done = checkpoint.weight_bytes, 0
-    for tensor in checkpoint.weights():
+def _quant_method(plan: Plan, kernels: KernelSet) -> QuantMethod | None:
+    """What keeps weights in 4 or 8 bits; None if all are to be dense."""
+    resolved = plan.resolved
+    scaled, exact = resolved.weights == "scaled", resolved.weights == "exact"
+    stem = "scaled_linear" if scaled else "quantized_linear"
+    is_asked_for = stem in explicit_kernels(resolved.kernel) or resolved.quantization != "auto"
+    # A kernel's file may be there, but not load; the reference is no faster than dense weights.
+    if resolved.weights == "dense" or (
+        dict(kernels.names)[stem] == "reference" and not is_asked_for
+    ):
+        return None
+    if resolved.quantization != "auto":
+        return LoadTimeForm(resolved.quantization, packed=not scaled)
+    if plan.model.quantization is not None:
+        return StoredForm(scaled=scaled, exact_scales=exact)
+    return GGUFBlocks(exact_scales=exact)
+
+
+def _with_progress(plan: Plan, progress: Progress) -> Iterator[WeightTensor]:
+    """The checkpoint's weights; reports the bytes of each once its reader asks for the next."""
+    total, done = plan.checkpoint.weight_bytes, 0
+    for tensor in plan.weights():
         yield tensor
         done += tensor.nbytes
         progress(done, total)

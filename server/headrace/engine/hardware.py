@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from headrace.engine.resolution import Hardware
 from headrace.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
@@ -89,6 +93,29 @@ def _probe_gpu(device: str) -> Hardware | None:
         cores=usable_cores(),
         memory_bytes=free,
         has_bf16=torch.cuda.get_device_capability(index) >= (8, 0),
+        product_kernels=_product_kernels(torch.device("cuda", index)),
+    )
+
+
+def _product_kernels(device: torch.device) -> tuple[str, ...]:
+    """Products of quantized weights that are not left to the reference on a GPU."""
+    import torch
+
+    from headrace_kernels import dispatch
+
+    facts = dispatch.KernelFacts(
+        device=device.type,
+        arch=dispatch.device_arch(device),
+        dtype=torch.bfloat16,
+        head_dim=128,
+        page_size=64,
+    )
+    return tuple(
+        decision.stem
+        for decision in dispatch.explain(facts)
+        if decision.stem in ("quantized_linear", "scaled_linear")
+        and decision.chosen
+        and decision.candidate != "reference"
     )
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.config import EngineConfig
 from headrace.engine.hardware import probe
 from headrace.engine.resolution import Hardware, ModelFacts, ResolvedConfig, resolve
+from headrace.errors import ConfigError
 from headrace.loading.checkpoint import Checkpoint, open_checkpoint
 from headrace.loading.gguf_weights import GGUFTensor
+from headrace.loading.safetensors import SafetensorsTensor
 from headrace.models.config import ModelConfig
 from headrace.quantization.gguf_formats import DENSE_TYPES, packed_format, why_not_packed
+from headrace.quantization.method import Format
+from headrace.quantization.scheme import load_time_format
+from headrace.quantization.stored_weight import QuantizedWeight, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,22 @@ class Plan:
     hardware: Hardware
     resolved: ResolvedConfig
 
+    def weights(self) -> Iterator[StoredWeight]:
+        """Those of the checkpoint, the tensors of quantized layers joined."""
+        return stored_weights(self.checkpoint, self.model)
+
+
+StoredWeight = GGUFTensor | SafetensorsTensor | QuantizedWeight
+
+
+def stored_weights(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[StoredWeight]:
+    """Every weight. Raises CheckpointError for a quantized layer that lacks one of its tensors."""
+    if model.quantization is None:
+        yield from checkpoint.weights()
+        return
+    parts = (tensor for tensor in checkpoint.weights() if isinstance(tensor, SafetensorsTensor))
+    yield from joined(parts, model.quantization)
+
 
 def make_plan(config: EngineConfig) -> Plan:
     """Open the checkpoint that `config.model` (a local path) names and resolve every option.
@@ -33,8 +55,12 @@ def make_plan(config: EngineConfig) -> Plan:
     checkpoint = open_checkpoint(Path(config.model))
     model = model_config(checkpoint)
     hardware = probe(config.device.device)
-    packed_parameters, packed_bytes = _packed_sizes(checkpoint)
-    _, exact_bytes = _packed_sizes(checkpoint, exact_scales=True)
+    rounded = config.model_options.quantization
+    if rounded != "auto":
+        _check_unquantized(checkpoint, model, rounded)
+    packed_parameters, packed_bytes = _sizes(checkpoint, model, rounded, "packed")
+    _, exact_bytes = _sizes(checkpoint, model, rounded, "exact")
+    scaled_parameters, scaled_bytes = _sizes(checkpoint, model, rounded, "scaled")
     facts = ModelFacts(
         name=checkpoint.path.name,
         architecture=model.architecture,
@@ -47,6 +73,9 @@ def make_plan(config: EngineConfig) -> Plan:
         packed_parameters=packed_parameters,
         packed_bytes=packed_bytes,
         exact_bytes=exact_bytes,
+        scaled_parameters=scaled_parameters,
+        scaled_bytes=scaled_bytes,
+        dtype_dequantizes=checkpoint.kind == "gguf",
     )
     return Plan(checkpoint, model, hardware, resolve(config, hardware, facts))
 
@@ -59,14 +88,40 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
     return ModelConfig.from_hf(checkpoint.hf_config, checkpoint.generation_config)
 
 
-def _packed_sizes(checkpoint: Checkpoint, *, exact_scales: bool = False) -> tuple[int, int]:
-    """Parameters that can be kept in packed form, and the bytes they take then."""
-    parameters = nbytes = 0
+def _check_unquantized(checkpoint: Checkpoint, model: ModelConfig, rounded: str) -> None:
+    stored = model.quantization.label if model.quantization is not None else ""
     for tensor in checkpoint.weights():
-        if not isinstance(tensor, GGUFTensor):
-            continue
-        fmt = packed_format(tensor.quantization, tensor.shape, exact_scales=exact_scales)
-        if fmt is not None:
+        if isinstance(tensor, GGUFTensor) and tensor.quantization not in DENSE_TYPES:
+            stored = tensor.quantization
+    if stored:
+        raise ConfigError(
+            f"--quantization {rounded}: the weights are quantized already ({stored}). Leave it "
+            "out, or use the unquantized checkpoint."
+        )
+
+
+def _format(tensor: StoredWeight, rounded: str, weights: str) -> Format | None:
+    """In which a weight is kept if ResolvedConfig.weights is `weights`; None: it is not."""
+    if rounded != "auto":
+        return load_time_format(rounded, tensor.name, tensor.shape, packed=weights != "scaled")
+    exact = weights == "exact"
+    if isinstance(tensor, GGUFTensor) and weights != "scaled":
+        return packed_format(tensor.quantization, tensor.shape, exact_scales=exact)
+    if isinstance(tensor, QuantizedWeight):
+        if weights == "scaled":
+            return tensor.scheme.scaled_format(tensor.shape)
+        fp16 = tensor.scales_are_fp16
+        return tensor.scheme.packed_format(tensor.shape, scales_are_fp16=fp16, exact=exact)
+    return None
+
+
+def _sizes(
+    checkpoint: Checkpoint, model: ModelConfig, rounded: str, weights: str
+) -> tuple[int, int]:
+    """Parameters that are kept quantized in this form, and the bytes they take then."""
+    parameters = nbytes = 0
+    for tensor in stored_weights(checkpoint, model):
+        if (fmt := _format(tensor, rounded, weights)) is not None:
             rows, columns = tensor.shape
             parameters += rows * columns
             nbytes += fmt.nbytes(rows, columns)
@@ -85,14 +140,22 @@ class DequantizedTensors:
 
 def dequantized_tensors(plan: Plan) -> list[DequantizedTensors]:
     """Those of the plan's checkpoint; of tensors that are fused, one may keep others dense."""
-    kept_dense = plan.resolved.why["weights"] if plan.resolved.weights == "dense" else None
-    found: dict[tuple[str, str], list[GGUFTensor]] = {}
-    for tensor in plan.checkpoint.weights():
-        if not isinstance(tensor, GGUFTensor) or tensor.quantization in DENSE_TYPES:
+    weights = plan.resolved.weights
+    kept_dense = plan.resolved.why["weights"] if weights == "dense" else None
+    found: dict[tuple[str, str], list[GGUFTensor | QuantizedWeight]] = {}
+    for tensor in plan.weights():
+        if isinstance(tensor, SafetensorsTensor):
             continue
-        reason = kept_dense or why_not_packed(tensor.quantization, tensor.shape)
+        if isinstance(tensor, QuantizedWeight):
+            stored, reason = tensor.scheme.label, kept_dense
+            if _format(tensor, "auto", weights) is None:
+                reason = reason or tensor.scheme.why_dense(tensor.shape)
+        elif (stored := tensor.quantization) in DENSE_TYPES:
+            continue
+        else:
+            reason = kept_dense or why_not_packed(stored, tensor.shape)
         if reason is not None:
-            found.setdefault((tensor.quantization, reason), []).append(tensor)
+            found.setdefault((stored, reason), []).append(tensor)
     return [
         DequantizedTensors(
             stored,

@@ -27,6 +27,8 @@ class Hardware:
     """The C++ kernels for it are built."""
     cpu_isa: str = "scalar"
     """The best level of those kernels that the CPU has."""
+    product_kernels: tuple[str, ...] = ()
+    """On a GPU: quantized_linear and scaled_linear, if they have a kernel besides the reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,12 @@ class ModelFacts:
     """What those take then."""
     exact_bytes: int = 0
     """What they take if no scale is rounded."""
+    scaled_parameters: int = 0
+    """Of num_parameters, those that products with 8-bit activations take as 8-bit rows."""
+    scaled_bytes: int = 0
+    """What those take then, with their scales."""
+    dtype_dequantizes: bool = True
+    """Whether --dtype is the type of all weights: in GGUF files, which store no other type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +83,10 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    quantization: str
+    """fp8 or int8 if weights are rounded as they are loaded, or auto."""
     weights: str
-    """Quantized ones are kept as integers, packed or exact; or they become dense."""
+    """Quantized ones are kept as integers: packed, or exact, or scaled (8-bit rows); or dense."""
     weight_bytes: int
     kv_cache_bytes: int
     kv_bytes_per_token: int
@@ -152,6 +162,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        quantization=config.model_options.quantization,
         weights=weights,
         weight_bytes=weight_bytes,
         kv_cache_bytes=num_blocks * block_size * kv_bytes_per_token,
@@ -181,32 +192,62 @@ def _weights(
     pick: _Picker, config: EngineConfig, dtype: str, hardware: Hardware, model: ModelFacts
 ) -> tuple[str, int]:
     """What becomes of quantized weights, and the bytes of all weights."""
-    pick.why["weights"] = why_not = _why_weights_are_not_packed(config, hardware, model)
-    weights = "dense" if why_not else config.model_options.weights
-    weight_bytes = model.num_parameters * DTYPE_BYTES[dtype]
+    weights, pick.why["weights"] = _weight_form(config, hardware, model)
+    kept, kept_bytes = {
+        "packed": (model.packed_parameters, model.packed_bytes),
+        "exact": (model.packed_parameters, model.exact_bytes),
+        "scaled": (model.scaled_parameters, model.scaled_bytes),
+        "dense": (0, 0),
+    }[weights]
+    weight_bytes = (model.num_parameters - kept) * DTYPE_BYTES[dtype] + kept_bytes
     pick.why["weight_bytes"] = f"parameters in {dtype}"
-    if weights != "dense":
-        weight_bytes -= model.packed_parameters * DTYPE_BYTES[dtype]
-        weight_bytes += model.exact_bytes if weights == "exact" else model.packed_bytes
-        pick.why["weight_bytes"] = f"quantized weights as they are, other parameters in {dtype}"
+    if kept:
+        rounded = config.model_options.quantization
+        what = "quantized weights as they are" if rounded == "auto" else f"layers in {rounded}"
+        pick.why["weight_bytes"] = f"{what}, other parameters in {dtype}"
     if weight_bytes < hardware.memory_bytes:
         return weights, weight_bytes
     raise ConfigError(
         f"The weights of {model.name} take {weight_bytes / GIB:.1f} GiB in {dtype}, and "
         f"{hardware.memory_bytes / GIB:.1f} GiB are free on {hardware.device}. "
-        "Free memory, choose a smaller model, or a smaller --dtype."
+        "Free memory, choose a smaller model, a smaller --dtype, or --quantization fp8 or int8."
     )
 
 
-def _why_weights_are_not_packed(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> str:
-    """Empty if they are."""
-    if model.packed_parameters == 0:
-        return "the checkpoint has none in a packed format"
-    if config.model_options.dtype != "auto":
-        return "--dtype asks for dense weights"
-    if hardware.device != "cpu" or not hardware.has_native:
-        return f"no kernels for packed weights run on {hardware.device}"
-    return ""
+def _weight_form(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> tuple[str, str]:
+    """`weights` of a ResolvedConfig and, if they become dense, why."""
+    options = config.model_options
+    why = f"no kernels for packed weights run on {hardware.device}"
+    if options.weights == "dense":
+        why = "--weights dense"
+    elif not (model.packed_parameters or model.scaled_parameters):
+        why = "the checkpoint has none in a packed format"
+    elif options.dtype != "auto" and model.dtype_dequantizes and options.quantization == "auto":
+        why = "--dtype asks for dense weights"
+    elif (
+        model.scaled_parameters
+        and options.weights != "exact"
+        and _has_kernel("scaled_linear", config, hardware)
+    ):
+        return "scaled", ""
+    elif model.packed_parameters and _has_kernel("quantized_linear", config, hardware):
+        return options.weights, ""
+    if options.quantization == "auto":
+        return "dense", why
+    instead = "Leave it out" if options.quantization == "int8" else "Use int8, or leave it out"
+    raise ConfigError(
+        f"--quantization {options.quantization}: {why}. {instead}, or ask for the reference, which "
+        "is slow, with --kernel scaled_linear=reference."
+    )
+
+
+def _has_kernel(stem: str, config: EngineConfig, hardware: Hardware) -> bool:
+    """Whether products are faster with quantized weights than with dense ones, or asked for."""
+    if any(choice.startswith(f"{stem}=") for choice in config.device.kernel):
+        return True
+    if hardware.device == "cpu":
+        return stem == "quantized_linear" and hardware.has_native
+    return stem in hardware.product_kernels
 
 
 def _kv_cache_type(

@@ -43,14 +43,16 @@ class Matrix(nn.Module):
         return MatrixSlot(self, begin, self.out_features if rows is None else rows)
 
     @property
+    def stems(self) -> set[str]:
+        """Of the ops that its products are."""
+        packed = {isinstance(rows.fmt, PackedFormat) for rows in self.stored}
+        return {"quantized_linear" if own else "scaled_linear" for own in packed} or {"linear"}
+
+    @property
     def row_multiple(self) -> int:
         """What the rows of `x` are padded to, so that the bits of each depend on that row only."""
-        stems = {
-            "quantized_linear" if isinstance(rows.fmt, PackedFormat) else "scaled_linear"
-            for rows in self.stored
-        }
         chosen = dict(self._kernels.names)
-        invariant = all(chosen[stem] in INVARIANT_KERNELS for stem in stems or {"linear"})
+        invariant = all(chosen[stem] in INVARIANT_KERNELS for stem in self.stems)
         return 1 if invariant else TORCH_ROW_MULTIPLE
 
     def multiply(self, x: Rows, bias: Tensor | None, out: Tensor) -> None:

@@ -6,14 +6,13 @@ with 8-bit activations that are scaled token by token (W8A8). Embeddings and hea
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from headrace.quantization.integers import Integers, pack_integers
-from headrace.quantization.method import Format, ScaledFormat, StoredTensor
-from headrace_kernels.packed_format import GROUP, PackedFormat
+from headrace.quantization.method import Format, StoredTensor
+from headrace.quantization.scheme import load_time_format
+from headrace_kernels.packed_format import PackedFormat
 from headrace_kernels.reference.quantization import quantize_rows
 
 PIECE_VALUES = 1 << 22
@@ -21,14 +20,17 @@ PIECE_VALUES = 1 << 22
 
 
 class LoadTimeForm:
-    """`packed` is for where products of packed weights have a kernel, and int8 ones have none."""
+    """`quantization` is a value of the option of that name.
 
-    def __init__(self, dtype: Literal["int8", "e4m3"], *, packed: bool = False) -> None:
-        assert not packed or dtype == "int8"
-        self._fmt: Format = PackedFormat(8, False) if packed else ScaledFormat(dtype)
+    `packed` is for where products of packed weights have a kernel, and those of int8 rows none.
+    """
+
+    def __init__(self, quantization: str, *, packed: bool) -> None:
+        self._quantization = quantization
+        self._packed = packed
 
     def format_of(self, tensor: StoredTensor) -> Format | None:
-        return self._fmt if is_rounded(tensor.name, tensor.shape) else None
+        return load_time_format(self._quantization, tensor.name, tensor.shape, packed=self._packed)
 
     def read(self, tensor: StoredTensor, fmt: Format, into: tuple[Tensor, ...]) -> None:
         device = into[0].device
@@ -43,11 +45,6 @@ class LoadTimeForm:
         zero = torch.full((1, 1), float(fmt.zero), device=device)
         integers = Integers(values.view(torch.uint8) ^ 0x80, scale, zero)
         pack_integers(tensor.name, into[0], fmt, integers, None)
-
-
-def is_rounded(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether it is a matrix of a decoder layer."""
-    return name.startswith("model.layers.") and len(shape) == 2 and shape[1] % GROUP == 0
 
 
 def _round(weight: Tensor, values: Tensor, scale: Tensor) -> None:

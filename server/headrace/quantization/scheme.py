@@ -9,9 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from headrace.quantization.method import BLOCK, ScaledFormat
+from headrace.quantization.method import BLOCK, Format, ScaledFormat
 from headrace_kernels.packed_format import GROUP, PackedFormat
 
+LOAD_TIME: dict[str, Literal["int8", "e4m3"]] = {"fp8": "e4m3", "int8": "int8"}
+"""Values of --quantization and what they mean."""
 Layout = Literal["gptq", "awq", "packed", "rows"]
 
 
@@ -85,3 +87,17 @@ class Scheme:
         if self.dtype == "e4m3":
             return "its activations are not meant to get 8 bits"
         return f"its {shape[1]} inputs are not a multiple of {GROUP}"
+
+
+def load_time_format(
+    quantization: str, name: str, shape: tuple[int, ...], *, packed: bool
+) -> Format | None:
+    """The form of a weight that --quantization rounds as it is loaded; None if it does not.
+
+    It rounds the matrices of decoder layers. Packed ones have a scale a row too, which is repeated.
+    """
+    if not name.startswith("model.layers.") or len(shape) != 2 or shape[1] % GROUP:
+        return None
+    if not packed:
+        return ScaledFormat(LOAD_TIME[quantization])
+    return PackedFormat(8, has_minimum=False) if quantization == "int8" else None
