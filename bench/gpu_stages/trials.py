@@ -16,7 +16,7 @@ from bench.gpu_stages.machine import Machine
 from torch import Tensor
 
 from headrace_kernels.kernel_set import KernelSet
-from headrace_kernels.kv_format import from_rows
+from headrace_kernels.kv_format import from_pages
 from headrace_kernels.packed_format import FORMATS
 from headrace_kernels.reference import activation as reference_activation
 from headrace_kernels.reference import norm as reference_norm
@@ -220,7 +220,7 @@ def _attention(machine: Machine, generator: torch.Generator) -> Trial:
         return (out,)
 
     expected = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = from_rows(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, kv_heads, dim)
+    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, kv_heads, dim)
     begin = 0
     for request, query_len in enumerate(batch.query_lens.tolist()):
         keys, values = by_slot[:, batch.slots_of(request)]
