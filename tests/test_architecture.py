@@ -282,7 +282,7 @@ def test_every_import_of_tests_and_benches_is_declared() -> None:
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
             # Types of a conftest, the benchmarks' own modules, what another Python runs.
-            for package in {name.split(".")[0] for name in names} - {"tests", "bench", "vllm"}:
+            for package in {name.split(".")[0] for name in names} - {"tests", "bench", *PEERS}:
                 if _is_third_party(package) and _distribution(package) not in declared:
                     problems.append(f"{path.relative_to(ROOT)}: {package} is not in extra `dev`")
     report(problems)
