@@ -1,4 +1,4 @@
-"""A scheduler with its cache but no model: tokens are a function of what came before them."""
+"""An engine without a model: tokens are a function of what came before them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headrace.engine.batch import FinishedStep, ScheduledBatch, StepResult
+from headrace.engine.batch import ScheduledBatch, StepResult
 from headrace.engine.block_pool import BlockPool
-from headrace.engine.client import RequestOutput, StepOutputs
+from headrace.engine.client import ModelInfo, RequestOutput, StepOutputs, TokenLogprobs
+from headrace.engine.engine import Engine
 from headrace.engine.kv_cache import KVCacheManager
-from headrace.engine.request import RunningRequests
+from headrace.engine.request import UNKNOWN_TOKEN, RunningRequests
+from headrace.engine.sampler import NO_TOKEN, SamplingBatch
+from headrace.engine.sampling_batch import sampling_columns
 from headrace.engine.scheduler import Scheduler
 from headrace.sampling_params import GenerateRequest, SamplingParams
 
 VOCAB_SIZE = 1000
 EOS = 999
+BROKEN = 998
+"""`logit_bias={BROKEN: k}` breaks the logits of output token k, `{EOS: k}` makes it EOS."""
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -27,43 +32,131 @@ def next_token(tokens: Sequence[int]) -> int:
     return sum((index + 1) * token for index, token in enumerate(tokens)) % EOS
 
 
+@dataclasses.dataclass
+class PretendStep:
+    value: StepResult
+    on_result: Callable[[], None]
+
+    def result(self) -> StepResult:
+        self.on_result()
+        return self.value
+
+
 class PretendRunner:
     """Computes KV by remembering, per block slot, the token that was written there. It finds any
-    block that was handed to two owners, read before it was written, or hashed wrongly."""
+    block that was handed to two owners, read before it was written, or hashed wrongly.
 
-    def __init__(self, running: RunningRequests, num_blocks: int, block_size: int) -> None:
+    With `overlaps` results are made when a step is launched and read later, as a device's stream
+    would: what an input UNKNOWN_TOKEN stands for is known here only.
+    """
+
+    def __init__(
+        self, running: RunningRequests, num_blocks: int, block_size: int, *, overlaps: bool
+    ) -> None:
         self.running = running
         self.block_size = block_size
+        self.overlaps = overlaps
         self.slots = np.full((num_blocks, block_size), -1, np.int64)
+        self.last_token = np.full(running.capacity, NO_TOKEN, np.int64)
+        self.batches: list[ScheduledBatch] = []
+        self.num_read = 0
+        self.on_launch: Callable[[], None] = lambda: None
 
-    overlaps = False
-
-    def launch(self, batch: ScheduledBatch) -> FinishedStep:
+    def launch(self, batch: ScheduledBatch) -> PretendStep:
+        assert len(self.batches) - self.num_read <= self.overlaps, "too many steps in flight"
+        self.on_launch()
         running, size = self.running, self.block_size
-        sampled = []
+        assert batch.num_tokens == batch.num_scheduled.sum() > 0
+        assert (batch.generations == running.generations[batch.rows]).all()
+        histories = []
         for index, row in enumerate(batch.rows.tolist()):
             start, end = int(batch.starts[index]), int(batch.ends[index])
             assert end > start, "a row that computes nothing has no logits to sample from"
             blocks = running.block_table[row]
+            tokens = self._inputs(index, batch)
             for position in range(start, end):
-                token = running.token_ids[row, position]
-                self.slots[blocks[position // size], position % size] = token
+                self.slots[blocks[position // size], position % size] = tokens[position]
             seen = [int(self.slots[blocks[p // size], p % size]) for p in range(end)]
-            assert seen == running.token_ids[row, :end].tolist(), f"row {row} reads foreign KV"
-            if batch.samples[index]:
-                sampled.append(next_token(seen))
-        return FinishedStep(StepResult(token_ids=np.array(sampled, np.int64)))
+            assert seen == tokens, f"row {row} reads foreign KV"
+            histories.append(seen)
+        value = self._sample(batch, histories)
+        self.batches.append(batch)
+        return PretendStep(value, self._read_in_order(len(self.batches)))
+
+    def _inputs(self, index: int, batch: ScheduledBatch) -> list[int]:
+        """The row's tokens up to the end of its chunk, with the one that is in flight."""
+        row, start, end = int(batch.rows[index]), int(batch.starts[index]), int(batch.ends[index])
+        tokens: list[int] = self.running.token_ids[row, :end].tolist()
+        in_flight = False
+        if len(self.batches) > self.num_read:
+            before = self.batches[-1]
+            mine = (before.rows == row) & (before.generations == batch.generations[index])
+            in_flight = bool((mine & before.samples).any())
+        unknown = [position for position in range(end) if tokens[position] == UNKNOWN_TOKEN]
+        assert unknown == [start] * in_flight, f"row {row}: unknown is not what is in flight"
+        if in_flight:
+            tokens[start] = max(int(self.last_token[row]), 0)
+        return tokens
+
+    def _sample(self, batch: ScheduledBatch, histories: list[list[int]]) -> StepResult:
+        rows, positions = batch.rows[batch.samples], batch.ends[batch.samples]
+        columns = sampling_columns(self.running, rows, positions)
+        sampled: list[int] = []
+        logprobs, prompt_logprobs = {}, {}
+        for index, row in enumerate(batch.rows.tolist()):
+            history, start = histories[index], int(batch.starts[index])
+            num_prompt_tokens = int(self.running.num_prompt_tokens[row])
+            if row in self.running.with_prompt_logprobs:
+                end = min(int(batch.ends[index]) + 1, num_prompt_tokens)
+                targets = self.running.token_ids[row, start + 1 : end].tolist()
+                prompt_logprobs[row] = [TokenLogprobs(-token, [], []) for token in targets]
+            if not batch.samples[index]:
+                continue
+            token = choose(history, num_prompt_tokens, columns, len(sampled))
+            if columns.num_logprobs[len(sampled)] >= 0 and token != NO_TOKEN:
+                logprobs[row] = TokenLogprobs(-float(token), [], [])
+            sampled.append(token)
+            self.last_token[row] = token
+        return StepResult(np.array(sampled, np.int64), logprobs, prompt_logprobs)
+
+    def _read_in_order(self, number: int) -> Callable[[], None]:
+        def read() -> None:
+            self.num_read += 1
+            assert self.num_read == number, "results are read once each, in order"
+
+        return read
+
+
+def choose(history: list[int], num_prompt_tokens: int, columns: SamplingBatch, index: int) -> int:
+    """The pretend sampler, which heeds penalties, bias and bans."""
+    token = next_token(history)
+    assert columns.position[index] == len(history)
+    if index in columns.penalized:
+        prompt_ids, output_ids = columns.penalized[index]
+        assert [*prompt_ids, *output_ids] == history, "a penalty needs every token"
+        assert len(prompt_ids) == num_prompt_tokens
+        token = (token + 7 * len(output_ids)) % EOS
+    ids, values = columns.logit_bias.get(index, ((), ()))
+    for biased, at in zip(ids, values, strict=True):
+        if len(history) == num_prompt_tokens + at:
+            token = {BROKEN: NO_TOKEN, EOS: EOS}[int(biased)]
+    while token in columns.banned.get(index, ()):
+        token = (token + 1) % EOS
+    return token
 
 
 @dataclasses.dataclass
 class Harness:
-    """Scheduler, cache and pretend runner; `step` checks every invariant."""
+    """An engine over the pretend runner; `step` checks every invariant."""
 
+    engine: Engine
     scheduler: Scheduler
     runner: PretendRunner
     running: RunningRequests
     kv_cache: KVCacheManager
     tokens: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    logprobs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    prompt_logprobs: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
     ended: dict[str, RequestOutput] = dataclasses.field(default_factory=dict)
     _ids: dict[int, str] = dataclasses.field(default_factory=dict)
 
@@ -74,47 +167,93 @@ class Harness:
         *,
         priority: int = 0,
         salt: str = "",
+        deadline: float | None = None,
+        resume: Sequence[int] = (),
+        broken_at: int | None = None,
+        eos_at: int | None = None,
         **fields: object,
     ) -> None:
+        """`broken_at` and `eos_at` number output tokens from 0; `fields` are SamplingParams'."""
+        bias = {BROKEN: broken_at, EOS: eos_at}
+        fields["logit_bias"] = {token: at for token, at in bias.items() if at is not None}
         handle = len(self._ids) + 1
         self._ids[handle] = request_id
-        self.tokens[request_id] = []
-        self.scheduler.add(
+        self.tokens.setdefault(request_id, [])
+        self.engine.add(
             GenerateRequest(
                 request_id=request_id,
                 prompt_token_ids=list(prompt),
                 sampling=SamplingParams(**fields),  # type: ignore[arg-type]
                 priority=priority,
                 cache_salt=salt,
+                deadline=deadline,
+                resume_token_ids=list(resume),
             ),
             handle,
         )
+
+    def inherit(self, other: Harness) -> None:
+        """Go on with what the requests of `other` got."""
+        self.tokens, self.ended = other.tokens, other.ended
+        self.logprobs, self.prompt_logprobs = other.logprobs, other.prompt_logprobs
 
     def abort(self, request_id: str) -> None:
         output = self.scheduler.abort(request_id)
         if output is not None:
             self.ended[request_id] = output
 
-    def step(self) -> tuple[ScheduledBatch, StepOutputs]:
-        batch = self.scheduler.schedule()
-        self.kv_cache.check_invariants()
-        outputs = self.scheduler.update(batch, self.runner.launch(batch).result())
+    def step(self) -> tuple[ScheduledBatch | None, StepOutputs]:
+        """(what was launched, what was found)"""
+        num_launched = len(self.runner.batches)
+        outputs = self.engine.step()
+        launched = self.runner.batches[num_launched:]
         for handle, token in zip(outputs.handles, outputs.token_ids, strict=True):
-            self.tokens[self._ids[handle]].append(token)
+            request_id = self._ids[handle]
+            assert request_id not in self.ended, "a token after the end"
+            self.tokens[request_id].append(token)
         for detail in outputs.details:
-            self.tokens[detail.request_id].extend(detail.token_ids)
-            if detail.finish_reason is not None:
-                self.ended[detail.request_id] = detail
-        self.scheduler.check_invariants()
-        return batch, outputs
+            self._note(detail)
+        self.engine.check_invariants()
+        return (launched[0] if launched else None), outputs
+
+    def _note(self, detail: RequestOutput) -> None:
+        request_id = detail.request_id
+        assert request_id not in self.ended, "an output after the end"
+        self.tokens[request_id].extend(detail.token_ids)
+        if detail.logprobs is not None:
+            self.logprobs.setdefault(request_id, []).extend(p.logprob for p in detail.logprobs)
+        if detail.prompt_logprobs is not None:
+            assert request_id not in self.prompt_logprobs, "prompt log-probabilities come once"
+            self.prompt_logprobs[request_id] = [
+                entry and entry.logprob for entry in detail.prompt_logprobs
+            ]
+        if detail.finish_reason is not None:
+            self.ended[request_id] = detail
 
     def run(self, limit: int = 10_000) -> None:
         """Step until nothing is left."""
         for _ in range(limit):
-            if not self.scheduler.has_work:
+            if not self.engine.has_work:
+                assert self.runner.num_read == len(self.runner.batches), "a step was forgotten"
                 return
             self.step()
         raise AssertionError(f"still working after {limit} steps")
+
+
+INFO = ModelInfo(
+    max_model_len=0,
+    vocab_size=VOCAB_SIZE,
+    eos_token_ids=[EOS],
+    num_blocks=0,
+    block_size=0,
+    max_num_seqs=0,
+    dtype="none",
+    device="none",
+    weight_bytes=0,
+    kv_cache_bytes=0,
+    load_seconds=0.0,
+    kernels={},
+)
 
 
 @pytest.fixture
@@ -127,6 +266,7 @@ def make_harness() -> Callable[..., Harness]:
         max_model_len: int = 64,
         budget: int = 16,
         prefix_caching: bool = True,
+        overlaps: bool = False,
     ) -> Harness:
         running = RunningRequests(max_num_seqs, max_model_len, block_size, [EOS])
         kv_cache = KVCacheManager(
@@ -138,8 +278,9 @@ def make_harness() -> Callable[..., Harness]:
             enable_prefix_caching=prefix_caching,
         )
         scheduler = Scheduler(running, kv_cache, max_num_batched_tokens=budget, eos_token_ids=[EOS])
-        runner = PretendRunner(running, num_blocks, block_size)
-        return Harness(scheduler, runner, running, kv_cache)
+        runner = PretendRunner(running, num_blocks, block_size, overlaps=overlaps)
+        runner.on_launch = scheduler.check_invariants
+        return Harness(Engine(scheduler, runner, INFO), scheduler, runner, running, kv_cache)
 
     return make
 

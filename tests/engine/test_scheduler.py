@@ -126,21 +126,10 @@ def test_a_deadline_drops_what_still_waits(make_harness):
     assert harness.tokens["expires"] == []
 
 
-def test_broken_logits_fail_only_their_own_request(make_harness, expected, monkeypatch):
+def test_broken_logits_fail_only_their_own_request(make_harness, expected):
     harness = make_harness()
     harness.add("good", [1], max_tokens=4)
-    harness.add("bad", [2], max_tokens=4)
-    harness.step()
-    launch = harness.runner.launch
-
-    def poison(batch):
-        step = launch(batch)
-        rows = batch.rows[batch.samples].tolist()
-        bad = [harness.running.request(row).request_id == "bad" for row in rows]
-        step.value.token_ids[bad] = -1
-        return step
-
-    monkeypatch.setattr(harness.runner, "launch", poison)
+    harness.add("bad", [2], max_tokens=4, broken_at=1)
     harness.run()
     assert harness.ended["bad"].finish_reason is FinishReason.ERROR
     assert "not numbers" in harness.ended["bad"].error
@@ -149,21 +138,9 @@ def test_broken_logits_fail_only_their_own_request(make_harness, expected, monke
 
 
 def test_a_replayed_request_goes_on_where_it_was(make_harness, expected):
-    from headrace.sampling_params import GenerateRequest, SamplingParams
-
     harness = make_harness()
     all_tokens = expected([1, 2, 3], 6)
-    harness._ids[1] = "replayed"
-    harness.tokens["replayed"] = []
-    harness.scheduler.add(
-        GenerateRequest(
-            request_id="replayed",
-            prompt_token_ids=[1, 2, 3],
-            sampling=SamplingParams(max_tokens=6),
-            resume_token_ids=all_tokens[:4],
-        ),
-        1,
-    )
+    harness.add("replayed", [1, 2, 3], max_tokens=6, resume=all_tokens[:4])
     harness.run()
     assert harness.tokens["replayed"] == all_tokens[4:]
     assert harness.ended["replayed"].record.output_tokens == 6
