@@ -66,6 +66,8 @@ class StepResult:
     """By row of RunningRequests, for rows that asked."""
     prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row: one entry per token that the chunk predicted inside the prompt."""
+    oom_retries: int = 0
+    """How often the device was out of memory, so that a part of the step was computed in two."""
 
 
 NO_WORK = ScheduledBatch(

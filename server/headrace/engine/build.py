@@ -13,9 +13,9 @@ import torch
 from headrace.config import EngineConfig
 from headrace.engine.block_pool import BlockPool
 from headrace.engine.client import ModelInfo
+from headrace.engine.cpu_runner import CpuRunner
 from headrace.engine.engine import Engine
 from headrace.engine.kv_cache import KVCacheManager
-from headrace.engine.model_runner import ModelRunner
 from headrace.engine.plan import Plan, make_plan
 from headrace.engine.request import RunningRequests
 from headrace.engine.resolution import Hardware, ResolvedConfig
@@ -80,12 +80,11 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         max_num_batched_tokens=resolved.max_num_batched_tokens,
         eos_token_ids=plan.model.eos_token_ids,
     )
-    runner = ModelRunner(
+    runner = CpuRunner(
         model,
         running,
         num_blocks=resolved.num_blocks,
         block_size=resolved.block_size,
-        device=torch.device(resolved.device),
         kv_dtype=DTYPES[resolved.kv_cache_dtype],
         pad_to=max(part.row_multiple for part in model.modules() if isinstance(part, Matrix)),
     )

@@ -1,12 +1,13 @@
 """From a batch's logits and its requests' sampling columns to token ids and log-probabilities.
 
-Owns the translation of per-request extras (penalties, logit_bias, banned tokens) into batched ops
-and the one copy from device to host. Knows no request objects and no scheduling.
+Owns the translation of per-request extras (penalties, logit_bias, banned tokens) into batched ops,
+and sampling on a CPU; cuda_sampling.py is what a GPU does instead. Knows no request objects and no
+scheduling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,7 @@ FloatColumn = npt.NDArray[np.float32]
 IntColumn = npt.NDArray[np.int32]
 LongColumn = npt.NDArray[np.int64]
 TokenIds = npt.NDArray[np.integer]
+Upload = Callable[[np.ndarray], Tensor]
 
 NO_TOKEN = -1
 """Stands for the token of a row whose logits are no distribution."""
@@ -70,7 +72,7 @@ class SampledTokens:
 
 
 class Sampler:
-    """Stateless: the same batch gives the same tokens, however it is composed."""
+    """On a CPU. Stateless: the same batch gives the same tokens, however it is composed."""
 
     def __init__(self, kernels: KernelSet) -> None:
         self._kernels = kernels
@@ -81,7 +83,7 @@ class Sampler:
         A row's result depends on that row only. Raises ValueError when the shapes disagree.
         """
         tokens = ops.sample_tokens(
-            _adjusted(logits, batch),
+            adjusted(logits, batch, torch.from_numpy),
             temperature=torch.from_numpy(batch.temperature),
             top_k=torch.from_numpy(batch.top_k),
             top_p=torch.from_numpy(batch.top_p),
@@ -90,7 +92,7 @@ class Sampler:
             positions=torch.from_numpy(batch.position),
             kernels=self._kernels,
         )
-        token_ids = tokens.cpu().numpy()
+        token_ids = tokens.numpy()
         return SampledTokens(token_ids, self._logprobs(logits, token_ids, batch.num_logprobs))
 
     def _logprobs(
@@ -101,8 +103,8 @@ class Sampler:
             return {}
         wanted = num_logprobs[rows]
         chosen, top_ids, top = ops.token_logprobs(
-            logits[torch.from_numpy(rows).to(logits.device)],
-            torch.from_numpy(token_ids[rows]).to(logits.device),
+            logits[torch.from_numpy(rows)],
+            torch.from_numpy(token_ids[rows]),
             int(wanted.max()),
             self._kernels,
         )
@@ -117,25 +119,27 @@ class Sampler:
         return {row: (logprob, ids[:k], values[:k]) for row, k, logprob, ids, values in columns}
 
 
-def _adjusted(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The logits after penalties, then bias, then bans: a copy, if any row has one of them."""
+def adjusted(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
+    """The logits after penalties, then bias, then bans: a copy, if any row has one of them.
+
+    `upload` brings an array to their device.
+    """
     if not (batch.penalized or batch.logit_bias or batch.banned):
         return logits
     logits = logits.clone()
     if batch.penalized:
-        _penalize(logits, batch)
+        _penalize(logits, batch, upload)
     if batch.logit_bias:
         rows, ids = _pairs({row: ids for row, (ids, _) in batch.logit_bias.items()})
         values = np.concatenate([values for _, values in batch.logit_bias.values()])
-        at = (rows.to(logits.device), ids.to(logits.device))
-        logits[at] += torch.from_numpy(values).to(logits)
+        logits[upload(rows), upload(ids)] += upload(values)
     if batch.banned:
         rows, ids = _pairs(batch.banned)
-        logits[rows.to(logits.device), ids.to(logits.device)] = -torch.inf
+        logits[upload(rows), upload(ids)] = -torch.inf
     return logits
 
 
-def _penalize(logits: Tensor, batch: SamplingBatch) -> None:
+def _penalize(logits: Tensor, batch: SamplingBatch, upload: Upload) -> None:
     seen: dict[int, LongColumn] = {}
     counts: list[LongColumn] = []
     for row, (prompt_ids, output_ids) in batch.penalized.items():
@@ -145,18 +149,17 @@ def _penalize(logits: Tensor, batch: SamplingBatch) -> None:
     rows, ids = _pairs(seen)
     ops.apply_penalties(
         logits,
-        rows=rows.to(logits.device),
-        token_ids=ids.to(logits.device),
-        output_counts=torch.from_numpy(np.concatenate(counts)).to(logits.device),
-        presence=torch.from_numpy(batch.presence)[rows].to(logits.device),
-        frequency=torch.from_numpy(batch.frequency)[rows].to(logits.device),
-        repetition=torch.from_numpy(batch.repetition)[rows].to(logits.device),
+        rows=upload(rows),
+        token_ids=upload(ids),
+        output_counts=upload(np.concatenate(counts)),
+        presence=upload(batch.presence[rows]),
+        frequency=upload(batch.frequency[rows]),
+        repetition=upload(batch.repetition[rows]),
     )
 
 
-def _pairs(ids_of_row: Mapping[int, TokenIds]) -> tuple[Tensor, Tensor]:
-    """One flat (row, token id) pair for each id, int64 on the host."""
+def _pairs(ids_of_row: Mapping[int, TokenIds]) -> tuple[LongColumn, LongColumn]:
+    """One flat (row, token id) pair for each id."""
     lengths = [len(ids) for ids in ids_of_row.values()]
     rows = np.repeat(np.fromiter(ids_of_row, np.int64, len(lengths)), lengths)
-    ids = np.concatenate(list(ids_of_row.values())).astype(np.int64)
-    return torch.from_numpy(rows), torch.from_numpy(ids)
+    return rows, np.concatenate(list(ids_of_row.values())).astype(np.int64)
