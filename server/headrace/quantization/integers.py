@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headrace.errors import CheckpointError
+from headrace.quantization.method import BLOCK
 from headrace.quantization.scheme import Scheme
 from headrace_kernels.packed_format import GROUP, PackedFormat
 from headrace_kernels.packed_weight import pack_into
@@ -84,13 +85,10 @@ def unpacked(name: str, scheme: Scheme, parts: Parts, device: torch.device = CPU
 def dequantize(name: str, scheme: Scheme, parts: Parts) -> Tensor:
     """The weights of a quantized layer: [Out, In] float32, on the CPU."""
     if scheme.layout == "rows":
-        weight = parts["weight"].load().float()
-        scale = _scale_of({key: part.load() for key, part in parts.items()})
-        _check_finite(name, scale)
+        rows, scale = _rows_and_scale(name, scheme, parts)
         if scheme.of_blocks:
-            scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            return weight * scale[: weight.shape[0], : weight.shape[1]]
-        return weight * _column(scale, len(weight))
+            scale = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return rows.float() * scale[: rows.shape[0], : rows.shape[1]]
     values, scale, zero = unpacked(name, scheme, parts)
     group = _group_of_input(name, scheme, parts, values.shape[1])
     zero = zero if zero.shape[1] == 1 else zero[:, group]
@@ -129,14 +127,19 @@ def pack_integers(
 
 def read_rows(name: str, scheme: Scheme, parts: Parts, weight: Tensor, scale: Tensor) -> None:
     """8-bit rows as they are stored, and their scales; one of a tensor becomes one a row."""
+    rows, found = _rows_and_scale(name, scheme, parts)
+    weight.copy_(rows)
+    scale.copy_(found)
+
+
+def _rows_and_scale(name: str, scheme: Scheme, parts: Parts) -> tuple[Tensor, Tensor]:
     loaded = {key: part.load() for key, part in parts.items()}
-    stored = loaded["weight"]
-    if stored.dtype == torch.float8_e4m3fn and (stored.view(torch.uint8) & 0x7F).eq(0x7F).any():
+    rows = loaded["weight"]
+    if rows.dtype == torch.float8_e4m3fn and (rows.view(torch.uint8) & 0x7F).eq(0x7F).any():
         raise CheckpointError(f"Tensor {name} has values that are NaN: download the file again.")
-    weight.copy_(stored)
-    found = _scale_of(loaded)
-    _check_finite(name, found)
-    scale.copy_(found if scheme.of_blocks else _column(found, len(weight)))
+    scale = _scale_of(loaded)
+    _check_finite(name, scale)
+    return rows, scale if scheme.of_blocks else _column(scale, len(rows))
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
