@@ -15,6 +15,8 @@ PYTHON ?=
 MODEL ?=
 PORT ?=
 ARGS ?=
+# Test processes side by side; a file's tests stay in one.
+JOBS ?= 2
 # Where to get torch. Empty: a CPU build where there is no NVIDIA driver, otherwise pip's choice.
 TORCH_INDEX_URL ?=
 CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
@@ -129,10 +131,10 @@ format: $(VENV)/.dev
 # The tests run whatever lint and types say; any failure fails the target.
 test: $(VENV)/.dev
 	@status=0; $(MAKE) lint || status=1; $(MAKE) types || status=1; \
-	$(BIN)/pytest -m 'not slow' $(ARGS) || status=1; exit $$status
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS) || status=1; exit $$status
 
 test-full: lint types
-	@$(BIN)/pytest --record=docs/verified.md
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile --record=docs/verified.md
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
