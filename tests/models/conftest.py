@@ -49,6 +49,8 @@ class PagedModel:
         *,
         dtype: torch.dtype = torch.float32,
         max_positions: int | None = None,
+        method: Any = None,
+        kernels: Mapping[str, str] | None = None,
     ) -> None:
         facts = KernelFacts(
             device="cpu",
@@ -58,11 +60,15 @@ class PagedModel:
             page_size=PAGE_SIZE,
         )
         self.model = build_model(
-            config, dtype=dtype, device="cpu", kernels=choose(facts), max_positions=max_positions
+            config,
+            dtype=dtype,
+            device="cpu",
+            kernels=choose(facts, kernels),
+            max_positions=max_positions,
         )
         for parameter in self.model.parameters():
             parameter.fill_(float("nan"))
-        self.model.load_weights(weights)
+        self.model.load_weights(weights, method)
         shape = (NUM_BLOCKS, config.num_layers, 2, config.num_kv_heads, PAGE_SIZE, config.head_dim)
         self.cache = torch.full(shape, float("nan"), dtype=dtype)
         self.free = list(np.random.permutation(NUM_BLOCKS))

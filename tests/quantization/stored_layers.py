@@ -133,9 +133,7 @@ def packed(
     return write
 
 
-def rows(
-    dtype: torch.dtype, strategy: str = "channel", scale_name: str = "weight_scale"
-) -> Write:
+def rows(dtype: torch.dtype, strategy: str = "channel", scale_name: str = "weight_scale") -> Write:
     """8-bit rows; strategy: tensor, channel or block, as compressed-tensors calls them."""
 
     def write(weight: Tensor) -> Layer:
