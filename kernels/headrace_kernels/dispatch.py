@@ -52,6 +52,8 @@ class KernelFacts:
     """Of weights, GEMM inputs and KV."""
     head_dim: int
     page_size: int
+    deterministic: bool = False
+    """Only candidates are wanted whose rows do not depend on the batch around them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,12 @@ class Candidate:
     """The reason why it cannot run on these facts, or None if it can."""
     unverified: Callable[[KernelFacts], str | None] = lambda facts: None
     """The reason why it runs only if it is asked for by name, or None."""
+
+    def refuses(self, facts: KernelFacts) -> str | None:
+        """Why it is not taken, even if it is asked for by name."""
+        if facts.deterministic and facts.device not in self.invariant_on:
+            return "what a request gets depends on the others in its batch"
+        return self.declines(facts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,7 @@ def explain(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> li
                 reason = "asked for" if stem in explicit else "first that can run"
             else:
                 reason = (
-                    candidate.declines(facts)
+                    candidate.refuses(facts)
                     or candidate.unverified(facts)
                     or f"{chosen.name} was chosen"
                 )
@@ -235,7 +243,7 @@ def _choose_one(stem: str, facts: KernelFacts, name: str | None) -> Candidate:
     for candidate in CANDIDATES[stem]:
         if name is not None and candidate.name != name:
             continue
-        reason = candidate.declines(facts)
+        reason = candidate.refuses(facts)
         if reason is None and name is None:
             reason = candidate.unverified(facts)
         if reason is None:

@@ -80,6 +80,9 @@ class DeviceOptions:
     cpu_isa: Literal["auto", "avx512", "avx2", "scalar"] = option(
         "auto", "Instruction set of the CPU kernels; auto takes the best that this CPU has."
     )
+    deterministic: bool = option(
+        False, "Only kernels by which a request gets the same tokens in any batch, or fail."
+    )
     kernel: tuple[str, ...] = option(
         (), "STEM=NAME: use this kernel for an op, or fail; may be given more than once."
     )

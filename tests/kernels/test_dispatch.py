@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import pytest
 import torch
 
-from headrace_kernels import dispatch
+from headrace_kernels import dispatch, verified
 from headrace_kernels.dispatch import Candidate, KernelFacts, KernelUnavailableError
 from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.reference import activation, attention, norm
@@ -75,6 +77,59 @@ def test_an_explicit_choice_is_honoured_or_refused(picky: Candidate) -> None:
         dispatch.choose(FACTS, {"norm": "fast"})
     with pytest.raises(KernelUnavailableError, match="no op 'nrom'; the ops are norm, rope"):
         dispatch.choose(FACTS, {"nrom": "reference"})
+
+
+def test_deterministic_takes_only_kernels_whose_rows_do_not_depend_on_the_batch(
+    picky: Candidate,
+) -> None:
+    facts = dataclasses.replace(FACTS, dtype=torch.bfloat16, deterministic=True)
+    kernels = dispatch.choose(facts)
+    assert dict(kernels.names)["norm"] == "reference"
+    assert kernels.batch_invariant
+    with pytest.raises(KernelUnavailableError, match="picky: what a request gets depends on"):
+        dispatch.choose(facts, {"norm": "picky"})
+    reasons = {(d.stem, d.candidate): d.reason for d in dispatch.explain(facts)}
+    assert reasons["norm", "picky"].startswith("what a request gets depends on the others")
+
+
+def test_an_unverified_kernel_runs_only_if_it_is_asked_for(
+    plain: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = Candidate(
+        "new",
+        "headrace_kernels.reference.norm",
+        invariant_on=(),
+        declines=lambda facts: None,
+        unverified=lambda facts: f"never run on {facts.arch}",
+    )
+    candidates = {**dispatch.CANDIDATES, "norm": (candidate, *dispatch.CANDIDATES["norm"])}
+    monkeypatch.setattr(dispatch, "CANDIDATES", candidates)
+    assert dict(dispatch.choose(FACTS).names)["norm"] == "reference"
+    assert dict(dispatch.choose(FACTS, {"norm": "new"}).names)["norm"] == "new"
+    reasons = {(d.stem, d.candidate): d.reason for d in dispatch.explain(FACTS)}
+    assert reasons["norm", "new"] == "never run on x86_64"
+
+
+def test_a_kernel_counts_as_checked_while_its_sources_are_those_that_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "triton"
+    folder.mkdir()
+    (folder / "norm.py").write_text("from headrace_kernels.triton.rows import sum_of\n")
+    (folder / "rows.py").write_text("sum_of = sum\n")
+    (folder / "other.py").write_text("")
+    monkeypatch.setattr(verified, "PACKAGE", tmp_path)
+    monkeypatch.setattr(verified, "RECORD", tmp_path / "verified.json")
+    monkeypatch.setattr(verified, "_record", functools.cache(verified._record.__wrapped__))
+    assert verified.reason_unverified("triton", "norm", "sm_90") == "never run on sm_90"
+    verified.record_verified("triton", "norm", "sm_90")
+    assert verified.reason_unverified("triton", "norm", "sm_90") is None
+    assert verified.reason_unverified("triton", "norm", "sm_80") == "never run on sm_80"
+    (folder / "other.py").write_text("# of no matter\n")
+    assert verified.reason_unverified("triton", "norm", "sm_90") is None
+    (folder / "rows.py").write_text("sum_of = max\n")
+    reason = verified.reason_unverified("triton", "norm", "sm_90")
+    assert reason == "changed since it was checked on sm_90"
 
 
 def test_no_candidate_left(plain: None) -> None:

@@ -159,6 +159,7 @@ def kernel_facts(resolved: ResolvedConfig, model: ModelConfig) -> dispatch.Kerne
         dtype=DTYPES[resolved.dtype],
         head_dim=model.head_dim,
         page_size=resolved.block_size,
+        deterministic=resolved.deterministic,
     )
 
 

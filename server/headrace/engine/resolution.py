@@ -92,6 +92,7 @@ class ResolvedConfig:
     kv_bytes_per_token: int
     enable_prefix_caching: bool
     prefix_cache_key: str
+    deterministic: bool
     kernel: tuple[str, ...]
     why: Mapping[str, str]
 
@@ -169,6 +170,7 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         kv_bytes_per_token=kv_bytes_per_token,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         prefix_cache_key=config.cache.prefix_cache_key,
+        deterministic=config.device.deterministic,
         kernel=config.device.kernel,
         why=pick.why,
     )
