@@ -111,6 +111,8 @@ class EngineStats:
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    oom_retries: int = 0
+    """Times a step, or half of one, was computed in two for want of GPU memory."""
     steps: int = 0
     step_tokens: int = 0
     """Tokens computed by the last step."""

@@ -71,7 +71,8 @@ class CudaDevice(Protocol):
         ...
 
     def release_unused(self) -> None:
-        """Give back what the process holds for tensors and does not use. Blocks."""
+        """Give back what the process holds for tensors and does not use, and begin another pool:
+        there are no graphs. Blocks."""
         ...
 
 
@@ -81,7 +82,7 @@ class TorchCudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         torch.cuda.set_device(device)
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def stream(self) -> AbstractContextManager[object]:
@@ -121,19 +122,20 @@ class TorchCudaDevice:
         torch.cuda.synchronize(self.torch_device)
         gc.collect()
         torch.cuda.empty_cache()
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 class _TorchEvent:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         # The engine's thread sleeps while it waits, and leaves its core to others.
-        self._event = torch.cuda.Event(blocking=True)
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._stream = stream
 
     def record(self) -> None:
         self._event.record(self._stream)
 
     def done(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         self._event.synchronize()

@@ -145,11 +145,11 @@ class CudaRunner:
         return query_lens, kv_lens, self._running.block_table
 
     def _try_capture(self, size: int) -> bool:
-        """Whether there may be another one to capture."""
+        """Whether there may be another one to capture. Without graphs steps are slower: no more."""
         try:
             self._capture(size)
-        except torch.OutOfMemoryError:
-            logger.warning("Out of GPU memory: no graph of %d tokens, and no more.", size)
+        except RuntimeError as error:  # out of memory, or what a kernel did cannot be captured
+            logger.warning("No CUDA graph of %d tokens, and no more of others: %s", size, error)
             self.graphs.close()
             return False
         if self.graphs.is_closed:

@@ -34,6 +34,10 @@ class Runner(Protocol):
         """
         ...
 
+    def idle(self) -> bool:
+        """Do a few milliseconds of what waits for idle time; False if there is nothing."""
+        ...
+
 
 class Step(NamedTuple):
     batch: ScheduledBatch
@@ -53,6 +57,7 @@ class Engine:
         self._aborted: list[str] = []
         self._in_flight = IDLE
         self._steps = 0
+        self._oom_retries = 0
         self._step_tokens = 0
         self._process = psutil.Process()
         self._resident_bytes = 0
@@ -80,12 +85,18 @@ class Engine:
         batch = self._scheduler.schedule()
         launched = Step(batch, self._runner.launch(batch)) if batch else IDLE
         done = self._collect(launched)
-        outputs = self._scheduler.update(done.batch, done.pending.result())
+        result = done.pending.result()
+        self._oom_retries += result.oom_retries
+        outputs = self._scheduler.update(done.batch, result)
         outputs.details.extend(aborted)
         if tokens := self._scheduler.num_filed_tokens:
             self._steps, self._step_tokens = self._steps + 1, tokens
         outputs.stats = self.stats()
         return outputs
+
+    def idle(self) -> bool:
+        """Prepare later steps while there is no work; False if nothing is left to prepare."""
+        return not self.has_work and self._runner.idle()
 
     def _collect(self, launched: Step) -> Step:
         """The step to wait for now; IDLE if none is old enough."""
@@ -120,6 +131,7 @@ class Engine:
             prefix_query_tokens=kv_cache.query_tokens,
             prefix_hit_tokens=kv_cache.hit_tokens,
             preemptions=scheduler.num_preemptions,
+            oom_retries=self._oom_retries,
             steps=self._steps,
             step_tokens=self._step_tokens,
             last_step_time=now,

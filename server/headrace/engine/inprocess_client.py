@@ -86,6 +86,8 @@ class InProcessEngineClient:
     async def _run(self, engine: Engine) -> None:
         try:
             while True:
+                while engine.idle():
+                    await asyncio.sleep(0)  # lets requests in
                 if not engine.has_work:
                     self._work.clear()
                     await self._work.wait()

@@ -83,7 +83,7 @@ class EngineProcess:
         self._send(Heartbeat(engine.stats()))  # gauges are true from the first moment
         self._send(Ready(engine.info))
         while not self._stop:
-            self._receive(engine, wait=not engine.has_work)
+            self._receive(engine, wait=not engine.has_work and not engine.idle())
             if engine.has_work:
                 self._send(StepDone(engine.step()))
         return 0

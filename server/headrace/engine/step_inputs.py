@@ -99,8 +99,11 @@ class Uploads:
         self._buffers = [(device.pinned(capacity, torch.int32), device.event()) for _ in range(2)]
         self._sent = 0
 
-    def send(self, arrays: Sequence[IntArray]) -> list[Tensor]:
-        """On the device, in this order: arrays of the same lengths are at the same addresses."""
+    def send(self, arrays: Sequence[IntArray | LongArray]) -> list[Tensor]:
+        """On the device, in this order: arrays of the same lengths are at the same addresses.
+
+        All values fit in 32 bits.
+        """
         buffer, copied = self._buffers[self._sent % 2]
         if self._sent >= 2 and not copied.done():
             copied.wait()
@@ -206,4 +209,5 @@ def _tokens(batch: ScheduledBatch, running: RunningRequests) -> IntArray:
     counts = batch.num_scheduled
     begins = np.cumsum(counts) - counts
     positions = np.arange(batch.num_tokens) + np.repeat(batch.starts - begins, counts)
-    return running.token_ids[np.repeat(batch.rows, counts), positions]
+    tokens: IntArray = running.token_ids[np.repeat(batch.rows, counts), positions]
+    return tokens

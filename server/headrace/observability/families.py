@@ -94,6 +94,7 @@ FAMILIES: tuple[Family, ...] = (
     _gauge("requests_waiting", "Requests waiting to be scheduled.", vllm="num_requests_waiting"),
     _counter("preemptions_total", "Times a running request gave up its blocks.",
              vllm="num_preemptions_total"),
+    _counter("oom_retries_total", "Times a step was computed in two for want of GPU memory."),
     # Tokens.
     _counter("prompt_tokens_total", "Prompt tokens of ended requests, aborted ones included.",
              vllm="prompt_tokens_total"),

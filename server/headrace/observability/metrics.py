@@ -71,6 +71,8 @@ class Stats(Protocol):
     @property
     def preemptions(self) -> int: ...
     @property
+    def oom_retries(self) -> int: ...
+    @property
     def steps(self) -> int: ...
     @property
     def step_tokens(self) -> int: ...
@@ -378,6 +380,7 @@ _ENGINE_COUNTERS = {
     "prefix_query_tokens": "prefix_cache_queries_total",
     "prefix_hit_tokens": "prefix_cache_hits_total",
     "preemptions": "preemptions_total",
+    "oom_retries": "oom_retries_total",
     "steps": "engine_steps_total",
 }
 _OBSERVED = tuple(f for f in FAMILIES if not f.name.startswith(ResourceCollector.name_prefixes))
