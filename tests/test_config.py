@@ -22,7 +22,9 @@ from headrace.engine.resolution import Hardware, ModelFacts, resolve
 from headrace.errors import ConfigError
 
 CPU = Hardware(device="cpu", name="a CPU", cores=2, memory_bytes=16 * GIB, has_bf16=True)
-GPU = Hardware(device="cuda:0", name="a GPU", cores=16, memory_bytes=140 * GIB, has_bf16=True)
+GPU = Hardware(
+    device="cuda:0", name="a GPU", cores=16, memory_bytes=140 * GIB, has_bf16=True, has_fp8=True
+)
 SMALL = ModelFacts(
     name="small",
     architecture="LlamaForCausalLM",
@@ -64,7 +66,7 @@ def test_flags_go_over_environment_over_file_over_defaults():
         ({"port": "eight"}, {}, "key 'port'"),
         ({}, {"HEADRACE_PORT": "eight"}, "HEADRACE_PORT"),
         ({"dtype": "int3"}, {}, "'int3' is not one of auto, float32"),
-        ({"kv_cache_dtype": "fp8"}, {}, "key 'kv_cache_dtype': 'fp8' is not one of auto, float32"),
+        ({"kv_cache_dtype": "fp4"}, {}, "key 'kv_cache_dtype': 'fp4' is not one of auto, float32"),
         ({"kv_cache_memory_bytes": "2 apples"}, {}, "is not a size"),
     ],
 )
@@ -101,8 +103,32 @@ def test_an_int8_cache_holds_almost_twice_the_tokens():
     assert (resolved.kv_cache_dtype, resolved.dtype) == ("int8", "bfloat16")
     assert resolved.kv_bytes_per_token == 2 * 30 * 3 * (64 + 4)
     assert resolved.kv_capacity_tokens / default.kv_capacity_tokens == pytest.approx(128 / 68, 1e-3)
-    with pytest.raises(ConfigError, match="kv_cache_dtype int8 runs on a CPU only"):
-        resolve(int8, GPU, SMALL)
+    on_gpu = resolve(int8, GPU, SMALL)
+    assert (on_gpu.kv_cache_dtype, on_gpu.kv_bytes_per_token) == ("int8", 2 * 30 * 3 * (64 + 4))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hardware", "message"),
+    [
+        ("fp8", CPU, "kv_cache_dtype fp8: no kernel for it runs on a CPU. int8 takes half"),
+        ("float16", CPU, "kv_cache_dtype float16: no kernel for it runs on a CPU"),
+        ("fp8", dataclasses.replace(GPU, has_fp8=False), "a GPU has no float8 .* int8 takes as"),
+        ("float16", GPU, "on cuda:0 floats are cached like dtype, bfloat16: use auto"),
+    ],
+)
+def test_kv_types_that_nothing_here_computes_with(dtype, hardware, message):
+    config = EngineConfig(cache=CacheOptions(kv_cache_dtype=dtype))
+    with pytest.raises(ConfigError, match=message):
+        resolve(config, hardware, SMALL)
+    odd = dataclasses.replace(SMALL, kv_elements_per_token=2 * 30 * 3 * 66)
+    eight_bits = EngineConfig(cache=CacheOptions(kv_cache_dtype="int8"))
+    with pytest.raises(ConfigError, match="heads of multiples of 4, and those of small have 66"):
+        resolve(eight_bits, hardware, odd)
+
+
+def test_an_fp8_cache_takes_what_an_int8_cache_does():
+    fp8 = EngineConfig(cache=CacheOptions(kv_cache_dtype="fp8"))
+    assert resolve(fp8, GPU, SMALL).kv_bytes_per_token == 2 * 30 * 3 * (64 + 4)
 
 
 def test_quantized_weights_are_kept_where_kernels_take_them():

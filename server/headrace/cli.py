@@ -362,6 +362,8 @@ def _plan(args: argparse.Namespace) -> int:
         why = sources.get(name, why) if why == "given" else why
         rows.append((name, str(getattr(resolved, name)), why))
     kv_per_token = f"{resolved.kv_bytes_per_token:,} bytes a token"
+    if resolved.memory is not None:
+        rows += [(name, _size(size), why) for name, size, why in resolved.memory.lines()]
     rows += [
         ("weights", _size(resolved.weight_bytes), resolved.why["weight_bytes"]),
         ("KV cache", _size(resolved.kv_cache_bytes), resolved.why["kv_cache_bytes"]),

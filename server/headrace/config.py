@@ -55,8 +55,9 @@ class CacheOptions:
     kv_cache_memory_bytes: int | None = option(
         None, "Memory for the KV cache, such as 2GiB; default: a share of what is free.", size=True
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = option(
-        "auto", "Type of the KV cache; auto is that of --dtype, int8 (on a CPU) takes about half."
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = option(
+        "auto",
+        "Type of the KV cache; auto is that of --dtype, int8 and (on a GPU) fp8 take about half.",
     )
     block_size: int | None = option(None, "Tokens per KV block; default 16 on a CPU, 64 on a GPU.")
     enable_prefix_caching: bool = option(True, "Share the KV of equal prompt prefixes.")

@@ -5,14 +5,11 @@ Everything but CUDA itself runs: inputs made on the device, graphs, overlap, the
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
-
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from tests.engine.fake_cuda import FakeDevice, fake_kernels
+from torch.utils._python_dispatch import _disable_current_modes
 
 from headrace.config import (
     CacheOptions,
@@ -21,180 +18,18 @@ from headrace.config import (
     ModelOptions,
     SchedulerOptions,
 )
+from headrace.engine.batch import ScheduledBatch
 from headrace.engine.build import build_engine
-from headrace.engine.cuda_runner import CudaRunner
+from headrace.engine.cuda_memory import measured_budget
+from headrace.engine.cuda_runner import CudaRunner, halves
 from headrace.engine.engine import Engine
+from headrace.engine.memory import MemoryBudget
+from headrace.engine.request import RunningRequests
 from headrace.sampling_params import GenerateRequest, SamplingParams
 from headrace_kernels import dispatch
-from headrace_kernels.attention_metadata import AttentionMetadata
-from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.ops import sampling as sampling_ops
-from headrace_kernels.reference import attention as reference_attention
 
 VOCAB_SIZE = 160  # of the checkpoint in conftest.py
-POISON = -77
-WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
-
-
-class FakeDevice:
-    """A CudaDevice on the CPU. Work runs when it is enqueued, but copies to the host arrive, and
-    events are done, only when somebody waits: until then pinned memory holds poison."""
-
-    torch_device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.enqueued = self.done = 0
-        self.launching = False
-        self.waits_in_launch = 0
-        self.replays: list[int] = []
-        self.reserved = 0
-        self.growth: list[int] = []
-        """Bytes that each of the next captures reserves."""
-        self.pinned_memory: set[int] = set()
-        self._keep: list[torch.Tensor] = []
-        self._transfers: list[tuple[int, torch.Tensor, torch.Tensor, bool]] = []
-
-    @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        self.launching = True
-        with NoWaiting(self):
-            yield
-        self.launching = False
-
-    def event(self) -> FakeEvent:
-        return FakeEvent(self)
-
-    def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.full((size,), POISON, dtype=dtype)
-        self._keep.append(tensor)
-        self.pinned_memory.add(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    def is_pinned(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.pinned_memory
-
-    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        assert source.shape == target.shape and source.dtype == target.dtype
-        assert self.is_pinned(source) != self.is_pinned(target), "one of them is pinned"
-        self.enqueued += 1
-        arrives = self.is_pinned(target)
-        snapshot = source.clone()
-        target.copy_(source) if not arrives else target.fill_(POISON)
-        pinned = target if arrives else source
-        self._transfers.append((self.enqueued, pinned, snapshot, arrives))
-
-    def capture(self, run: Callable[[], None]) -> FakeGraph:
-        self.reserved += self.growth.pop(0) if self.growth else 0
-        run()
-        return FakeGraph(self, run)
-
-    def reserved_bytes(self) -> int:
-        return self.reserved
-
-    @torch.inference_mode()
-    def run_until(self, position: int) -> None:
-        self.done = max(self.done, position)
-        while self._transfers and self._transfers[0][0] <= position:
-            _, pinned, snapshot, arrives = self._transfers.pop(0)
-            if arrives:
-                assert (pinned == POISON).all(), "written before it arrived"
-                pinned.copy_(snapshot)
-            else:
-                assert torch.equal(pinned, snapshot), "changed while it was on its way"
-
-
-@dataclasses.dataclass
-class FakeEvent:
-    device: FakeDevice
-    position: int = 0
-
-    def record(self) -> None:
-        self.device.enqueued += 1
-        self.position = self.device.enqueued
-
-    def done(self) -> bool:
-        return self.device.done >= self.position
-
-    def wait(self) -> None:
-        if self.device.launching and not self.done():
-            self.device.waits_in_launch += 1
-        self.device.run_until(self.position)
-
-
-@dataclasses.dataclass
-class FakeGraph:
-    device: FakeDevice
-    run: Callable[[], None]
-
-    def replay(self) -> None:
-        self.device.enqueued += 1
-        self.device.replays.append(self.device.enqueued)
-        self.run()
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails on what would make the host wait for a GPU, but for kernels, which are references."""
-
-    def __init__(self, device: FakeDevice) -> None:
-        super().__init__()
-        self._device = device
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.name().split(".")[0] not in WAITING, f"{func.name()} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        self._methods = {name: getattr(torch.Tensor, name) for name in ("numpy", "tolist", "cpu")}
-        for name, method in self._methods.items():
-            setattr(torch.Tensor, name, self._checked(name, method))
-        return super().__enter__()
-
-    def __exit__(self, *exc: object):
-        for name, method in self._methods.items():
-            setattr(torch.Tensor, name, method)
-        return super().__exit__(*exc)
-
-    def _checked(self, name, method):
-        def checked(tensor, *args):
-            assert not in_launch() or self._device.is_pinned(tensor), f"{name}() waits"
-            return method(tensor, *args)
-
-        return checked
-
-
-def in_launch() -> bool:
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-    return bool(_get_current_dispatch_mode_stack())
-
-
-def unchecked(kernel: Callable[..., None]) -> Callable[..., None]:
-    def run(*args, **kwargs):
-        with _disable_current_modes():
-            kernel(*args, **kwargs)
-
-    return run
-
-
-def attention_from_device(q, kv_cache, metadata, *args) -> None:
-    """The reference, from nothing but the device's tensors: right when it is replayed."""
-    query_lens = np.diff(metadata.query_start_loc.numpy())
-    arrays = (metadata.seq_lens, metadata.block_table, metadata.slot_mapping)
-    own = AttentionMetadata.build(query_lens, *(array.numpy() for array in arrays), "cpu")
-    reference_attention.paged_attention(q, kv_cache, own, *args)
-
-
-def fake_kernels(kernels: KernelSet, *, capturable: bool) -> KernelSet:
-    functions = {
-        field.name: unchecked(getattr(kernels, field.name))
-        for field in dataclasses.fields(kernels)
-        if field.name not in ("names", "batch_invariant")
-    }
-    names = dict(kernels.names)
-    if capturable:
-        functions["paged_attention"] = unchecked(attention_from_device)
-        names["attention"] = "test"
-    return dataclasses.replace(kernels, **functions, names=tuple(names.items()))
 
 
 def cpu_engine(checkpoint, *, budget: int = 64, rows: int = 16, kv_bytes: int = 1 << 21) -> Engine:
@@ -231,7 +66,9 @@ def cuda_engine(checkpoint, *, graphs: bool = True, budget: int = 64, **options)
     return engine
 
 
-def requests(count: int, seed: int = 2) -> list[GenerateRequest]:
+def requests(
+    count: int, seed: int = 2, max_tokens: int = 12, longest: int = 60
+) -> list[GenerateRequest]:
     """Ragged prompts, some with a common beginning, and every way to sample."""
     rng = np.random.default_rng(seed)
     common = rng.integers(1, VOCAB_SIZE, 40).tolist()
@@ -245,10 +82,10 @@ def requests(count: int, seed: int = 2) -> list[GenerateRequest]:
     )
     made = []
     for index in range(count):
-        own = rng.integers(1, VOCAB_SIZE, int(rng.integers(1, 60))).tolist()
-        prompt = common[: int(rng.integers(10, 40))] + own if index % 2 else own
+        own = rng.integers(1, VOCAB_SIZE, int(rng.integers(1, longest))).tolist()
+        prompt = common[: int(rng.integers(10, 40)) * longest // 60] + own if index % 2 else own
         sampling = SamplingParams(
-            max_tokens=int(rng.integers(5, 12)), seed=index, **kinds[index % len(kinds)]
+            max_tokens=int(rng.integers(5, max_tokens)), seed=index, **kinds[index % len(kinds)]
         )
         made.append(
             GenerateRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling)
@@ -304,7 +141,7 @@ def assert_same(expected, actual) -> None:
 
 @pytest.mark.parametrize(("graphs", "budget"), [("all", 64), ("few", 16), ("none", 40)])
 def test_the_bits_of_the_cpu_runner(checkpoint, logits_of, graphs, budget):
-    work = requests(14)
+    work = requests(10)
     expected = logits_of(cpu_engine(checkpoint), work)
     engine = cuda_engine(checkpoint, graphs=graphs != "none", budget=budget)
     while graphs == "all" and engine._runner.idle():
@@ -319,9 +156,174 @@ def test_the_bits_of_the_cpu_runner(checkpoint, logits_of, graphs, budget):
 
 
 def test_preempted_requests_too(checkpoint, logits_of):
-    work = requests(8, seed=5)
+    work = requests(8, seed=5, max_tokens=60, longest=20)
     expected = logits_of(cpu_engine(checkpoint), work)
     engine = cuda_engine(checkpoint, kv_bytes=1 << 17)
     found = logits_of(engine, work, idle_every=3)
     assert engine.stats().preemptions > 0
     assert_same(expected, found)
+
+
+@pytest.mark.parametrize("limit", [3, 9])
+def test_a_step_without_memory_is_computed_in_halves(checkpoint, logits_of, monkeypatch, limit):
+    """A device that has memory for no more than `limit` tokens."""
+    work = requests(5, seed=3, longest=30)
+    expected = logits_of(cpu_engine(checkpoint), work)
+    engine = cuda_engine(checkpoint, graphs=False)
+    forward = engine._runner._forward
+
+    def scarce(inputs, batch):
+        if batch.num_tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(inputs, batch)
+
+    monkeypatch.setattr(engine._runner, "_forward", scarce)
+    assert_same(expected, logits_of(engine, work))
+    assert engine.stats().oom_retries > 5
+
+
+def test_halves_are_the_whole():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        rows = np.sort(rng.permutation(20)[: rng.integers(1, 9)])
+        counts = rng.integers(1, 6, len(rows)).astype(np.int32)
+        if counts.sum() == 1:
+            continue
+        starts = rng.integers(0, 30, len(rows)).astype(np.int32)
+        batch = ScheduledBatch(
+            rows=rows,
+            generations=rows * 10,
+            starts=starts,
+            num_scheduled=counts,
+            samples=rng.random(len(rows)) < 0.5,
+            num_tokens=int(counts.sum()),
+        )
+        tokens, sampling = [], []
+        for half in halves(batch):
+            assert half.num_tokens == half.num_scheduled.sum() > 0
+            columns = (half.rows, half.starts, half.num_scheduled)
+            for row, start, count in zip(*columns, strict=True):
+                tokens += [(row, start + index) for index in range(count)]
+            sampling += half.rows[half.samples].tolist()
+        whole = zip(rows, starts, counts, strict=True)
+        assert tokens == [(row, start + i) for row, start, count in whole for i in range(count)]
+        assert sampling == rows[batch.samples].tolist()
+
+
+def launched(engine: Engine, count: int) -> ScheduledBatch:
+    """The first step of some requests, scheduled."""
+    for handle, request in enumerate(requests(count)):
+        engine.add(request, handle)
+    return engine._scheduler.schedule()
+
+
+def test_pinned_memory_is_used_again_only_when_the_device_is_through_with_it(checkpoint):
+    engine = cuda_engine(checkpoint, graphs=False)
+    batch = launched(engine, 8)
+    steps = [engine._runner.launch(batch) for _ in range(5)]  # the fake checks what it copies
+    assert engine.device.waits_in_launch >= 3
+    results = [step.result() for step in reversed(steps)]
+    for result in results:
+        assert result.token_ids.tolist() == results[0].token_ids.tolist()
+        assert (result.token_ids >= 0).all() and len(result.token_ids) > 0
+
+
+def test_rows_without_a_distribution_end_their_requests_only(checkpoint, logits_of, monkeypatch):
+    work = requests(6, seed=4)
+    _, expected = logits_of(cpu_engine(checkpoint), work)
+    engine = cuda_engine(checkpoint, graphs=False)
+    sample = sampling_ops.sample_tokens
+
+    def break_one(logits, **columns):
+        logits[columns["seeds"] == 1] = torch.nan
+        return sample(logits, **columns)
+
+    monkeypatch.setattr(sampling_ops, "sample_tokens", break_one)
+    _, outputs = logits_of(engine, work)
+    assert outputs.pop("1") == []
+    expected.pop("1")
+    assert outputs == expected
+
+
+def test_only_what_moved_on_is_sent(checkpoint, monkeypatch):
+    engine = cuda_engine(checkpoint, graphs=False, budget=128)
+    copied: list[int] = []
+    copy = engine.device.copy
+    monkeypatch.setattr(
+        engine.device,
+        "copy",
+        lambda source, target: (
+            copied.append(len(source)) if engine.device.is_pinned(source) else None,
+            copy(source, target),
+        ),
+    )
+    prompt = list(range(1, 103))
+    sampling = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    engine.add(GenerateRequest(request_id="0", prompt_token_ids=prompt, sampling=sampling), 0)
+    while engine.has_work:
+        engine.step()
+    fixed = 20 + 16  # lengths of 16 rows
+    first, *decode = copied
+    assert first == fixed + 104 + 4 + 2 * (26 + 6)  # tokens, sampling row, blocks and parameters
+    assert set(decode) == {fixed + 8 + 4, fixed + 8 + 4 + 4 + 4}  # now and then a block
+    assert decode.count(fixed + 8 + 4 + 4 + 4) == 2
+
+
+def test_a_size_that_is_missed_often_is_captured_under_load(checkpoint, logits_of):
+    engine = cuda_engine(checkpoint)
+    assert engine._runner.idle() and engine._runner.graphs.captured == [64]
+    logits_of(engine, requests(6, max_tokens=40))
+    assert 8 in engine._runner.graphs.captured
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("captured")])
+def test_without_graphs_steps_run_op_by_op(checkpoint, logits_of, monkeypatch, error, caplog):
+    def fail(run):
+        raise error
+
+    work = requests(4)
+    expected = logits_of(cpu_engine(checkpoint), work)
+    engine = cuda_engine(checkpoint)
+    monkeypatch.setattr(engine.device, "capture", fail)
+    assert not engine._runner.idle() and not engine._runner.idle()
+    assert_same(expected, logits_of(engine, work))
+    assert engine.device.replays == []
+    assert caplog.text.count("No CUDA graph of 64 tokens") == 1
+
+
+def test_a_pool_that_grows_ends_capturing(checkpoint, caplog):
+    engine = cuda_engine(checkpoint)
+    engine.device.growth = [1 << 30, 1 << 20, 40 << 20]
+    runner = engine._runner
+    assert [runner.idle() for _ in range(4)] == [True, True, False, False]
+    assert (len(runner.graphs.captured), runner.graphs.pool_growth) == (3, 41 << 20)
+    assert "grew by 42991616 bytes" in caplog.text
+
+
+def test_the_largest_step_is_measured(checkpoint):
+    engine = cuda_engine(checkpoint)
+    device = engine.device
+    model = engine._runner._model
+    free = iter([900, 700, 640])
+    device.free_bytes = lambda: next(free)
+    device.release_unused = lambda: None
+    device.growth = [40]
+    sizes: list[tuple[int, ...]] = []
+
+    def make(running, num_blocks):
+        runner = CudaRunner(
+            model, running, device, num_blocks=num_blocks, block_size=4, kv_dtype=torch.float32,
+            pad_to=8, max_num_batched_tokens=64,
+        )  # fmt: skip
+        sizes.append(runner.graphs.sizes)
+        return runner
+
+    estimate = MemoryBudget(total=1000, others=20, weights=1, activations=1, graphs=1)
+    running = RunningRequests(16, 256, 4, ())
+    measured = measured_budget(estimate, make, device, running, 64)
+    # A first graph of 60 bytes, 40 of them in the pool that all share: 20 for each of the others.
+    assert sizes == [(8, 16, 24, 32, 40, 48, 56, 64)]
+    assert (measured.weights, measured.activations) == (80, 200)
+    assert (measured.graphs, measured.is_measured) == (60 + 7 * 20, True)
+    assert measured.free == 1000 - 20 - 80 - 200 - 200
+    assert measured.kv_cache == measured.free - 100

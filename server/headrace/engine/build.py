@@ -7,6 +7,7 @@ import platform
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,11 +15,14 @@ from headrace.config import EngineConfig
 from headrace.engine.block_pool import BlockPool
 from headrace.engine.client import ModelInfo
 from headrace.engine.cpu_runner import CpuRunner
-from headrace.engine.engine import Engine
+from headrace.engine.cuda_device import CudaDevice, TorchCudaDevice
+from headrace.engine.cuda_memory import measured_budget
+from headrace.engine.cuda_runner import CudaRunner
+from headrace.engine.engine import Engine, Runner
 from headrace.engine.kv_cache import KVCacheManager
 from headrace.engine.plan import Plan, make_plan
 from headrace.engine.request import RunningRequests
-from headrace.engine.resolution import Hardware, ResolvedConfig
+from headrace.engine.resolution import Hardware, ResolvedConfig, with_measured_memory
 from headrace.engine.scheduler import Scheduler
 from headrace.errors import ConfigError
 from headrace.layers.matrix import Matrix
@@ -42,6 +46,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
 }
 HASH_KEY_BYTES = 64  # blake2b's longest key
 
@@ -59,12 +64,43 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     model = _load_model(plan, kernels, progress)
     if not _leaves_little_to_torch(model, kernels):
         torch.set_num_threads(resolved.threads)
-    running = RunningRequests(
+    device = None
+    if resolved.device != "cpu":
+        device = TorchCudaDevice(torch.device(resolved.device))
+        resolved = _measured(config, resolved, model, device)
+    engine, load = _assemble(resolved, model, device), time.monotonic() - start
+    engine.info = replace(engine.info, load_seconds=load)
+    return engine
+
+
+def _measured(
+    config: EngineConfig, resolved: ResolvedConfig, model: CausalLM, device: CudaDevice
+) -> ResolvedConfig:
+    """With the KV cache that fits beside what the largest step takes."""
+    assert resolved.memory is not None, "a GPU's is planned"
+    running = _running(resolved, model)
+    memory = measured_budget(
+        resolved.memory,
+        lambda running, num_blocks: cuda_runner(resolved, model, running, device, num_blocks),
+        device,
+        running,
+        resolved.max_num_batched_tokens,
+    )
+    return with_measured_memory(resolved, config, memory)
+
+
+def _running(resolved: ResolvedConfig, model: CausalLM) -> RunningRequests:
+    return RunningRequests(
         resolved.max_num_seqs,
         resolved.max_model_len,
         resolved.block_size,
-        plan.model.eos_token_ids,
+        model.config.eos_token_ids,
     )
+
+
+def _assemble(resolved: ResolvedConfig, model: CausalLM, device: CudaDevice | None) -> Engine:
+    """The engine around a loaded model; `device` is the GPU that it is on, if it is."""
+    running = _running(resolved, model)
     key = resolved.prefix_cache_key.encode()[:HASH_KEY_BYTES]
     kv_cache = KVCacheManager(
         BlockPool(resolved.num_blocks),
@@ -78,20 +114,30 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         running,
         kv_cache,
         max_num_batched_tokens=resolved.max_num_batched_tokens,
-        eos_token_ids=plan.model.eos_token_ids,
+        eos_token_ids=model.config.eos_token_ids,
     )
-    runner = CpuRunner(
-        model,
-        running,
-        num_blocks=resolved.num_blocks,
-        block_size=resolved.block_size,
-        kv_dtype=DTYPES[resolved.kv_cache_dtype],
-        pad_to=max(part.row_multiple for part in model.modules() if isinstance(part, Matrix)),
-    )
+    runner: Runner
+    if device is None:
+        runner = CpuRunner(
+            model,
+            running,
+            num_blocks=resolved.num_blocks,
+            block_size=resolved.block_size,
+            kv_dtype=DTYPES[resolved.kv_cache_dtype],
+            pad_to=_row_multiple(model),
+        )
+    else:
+        runner = cuda_runner(resolved, model, running, device, resolved.num_blocks)
+        runner.idle()  # captures the largest graph, whose memory the others share
+        if stems := uncapturable(model):
+            logger.warning(
+                "Steps run op by op, without CUDA graphs: the references of %s cannot be captured.",
+                ", ".join(stems),
+            )
     info = ModelInfo(
         max_model_len=resolved.max_model_len,
-        vocab_size=plan.model.vocab_size,
-        eos_token_ids=sorted(plan.model.eos_token_ids),
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=sorted(model.config.eos_token_ids),
         num_blocks=resolved.num_blocks,
         block_size=resolved.block_size,
         max_num_seqs=resolved.max_num_seqs,
@@ -99,12 +145,47 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
         device=resolved.device,
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         kv_cache_bytes=resolved.kv_cache_bytes,
-        load_seconds=time.monotonic() - start,
-        kernels=dict(kernels.names),
+        load_seconds=0.0,
+        kernels=dict(model.context.kernels.names),
         threads=resolved.threads,
         cpu_isa=resolved.cpu_isa,
     )
     return Engine(scheduler, runner, info)
+
+
+def cuda_runner(
+    resolved: ResolvedConfig,
+    model: CausalLM,
+    running: RunningRequests,
+    device: CudaDevice,
+    num_blocks: int,
+) -> CudaRunner:
+    """The runner of a model that is loaded on a GPU."""
+    return CudaRunner(
+        model,
+        running,
+        device,
+        num_blocks=num_blocks,
+        block_size=resolved.block_size,
+        kv_dtype=DTYPES[resolved.kv_cache_dtype],
+        pad_to=_row_multiple(model),
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        graphs=not uncapturable(model),
+    )
+
+
+def uncapturable(model: CausalLM) -> list[str]:
+    """Stems of the forward pass that are left to references, which may ask the host for sizes."""
+    chosen = dict(model.context.kernels.names)
+    stems = {"norm", "rope", "activation", "attention", "embedding"}
+    stems |= {stem for part in model.modules() if isinstance(part, Matrix) for stem in part.stems}
+    if "scaled_linear" in stems:
+        stems.add("quantization")
+    return sorted(stem for stem in stems if chosen[stem] == "reference")
+
+
+def _row_multiple(model: CausalLM) -> int:
+    return max(part.row_multiple for part in model.modules() if isinstance(part, Matrix))
 
 
 def _set_up_cpu(resolved: ResolvedConfig, hardware: Hardware) -> None:

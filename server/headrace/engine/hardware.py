@@ -86,13 +86,16 @@ def _probe_gpu(device: str) -> Hardware | None:
         raise ConfigError(
             f"--device {device}: there are {torch.cuda.device_count()} GPU(s), counted from 0."
         )
-    free, _ = torch.cuda.mem_get_info(index)
+    free, total = torch.cuda.mem_get_info(index)
+    capability = torch.cuda.get_device_capability(index)
     return Hardware(
         device=f"cuda:{index}",
         name=torch.cuda.get_device_name(index),
         cores=usable_cores(),
         memory_bytes=free,
-        has_bf16=torch.cuda.get_device_capability(index) >= (8, 0),
+        has_bf16=capability >= (8, 0),
+        total_bytes=total,
+        has_fp8=capability >= (8, 9),
         product_kernels=_product_kernels(torch.device("cuda", index)),
     )
 

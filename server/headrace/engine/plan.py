@@ -9,7 +9,7 @@ from pathlib import Path
 
 from headrace.config import EngineConfig
 from headrace.engine.hardware import probe
-from headrace.engine.resolution import Hardware, ModelFacts, ResolvedConfig, resolve
+from headrace.engine.resolution import DTYPE_BYTES, Hardware, ModelFacts, ResolvedConfig, resolve
 from headrace.errors import ConfigError
 from headrace.loading.checkpoint import Checkpoint, open_checkpoint
 from headrace.loading.gguf_weights import GGUFTensor
@@ -70,6 +70,9 @@ def make_plan(config: EngineConfig) -> Plan:
         kv_rows_per_token=model.kv_rows_per_token,
         checkpoint_dtype=model.checkpoint_dtype,
         vocab_size=model.vocab_size,
+        activation_bytes_per_token={
+            dtype: _activation_bytes(model, size) for dtype, size in DTYPE_BYTES.items()
+        },
         packed_parameters=packed_parameters,
         packed_bytes=packed_bytes,
         exact_bytes=exact_bytes,
@@ -86,6 +89,15 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
         return ModelConfig.from_gguf(checkpoint.gguf_metadata, checkpoint.rope_frequency_factors)
     assert checkpoint.hf_config is not None, "a folder without config.json is refused when opened"
     return ModelConfig.from_hf(checkpoint.hf_config, checkpoint.generation_config)
+
+
+def _activation_bytes(model: ModelConfig, dtype_bytes: int) -> int:
+    """What LayerContext.activations holds of a token, for all layers, which share it."""
+    size, attended = model.hidden_size, model.num_heads * model.head_dim
+    qkv = attended + 2 * model.num_kv_heads * model.head_dim
+    residual = 4 * size  # fp32
+    rest = 3 * size + qkv + 2 * attended + 3 * model.intermediate_size
+    return residual + rest * dtype_bytes
 
 
 def _check_unquantized(checkpoint: Checkpoint, model: ModelConfig, rounded: str) -> None:

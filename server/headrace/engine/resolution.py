@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from headrace.config import GIB, MIB, EngineConfig
+from headrace.engine.memory import GRAPH_BYTES_ESTIMATE, MemoryBudget, estimated_activations
 from headrace.errors import ConfigError
 
 
@@ -23,6 +24,10 @@ class Hardware:
     """Free on the device now (host memory for a CPU), within cgroup limits."""
     has_bf16: bool
     """bf16 dot products in hardware."""
+    total_bytes: int = 0
+    """Memory of a GPU, used or not."""
+    has_fp8: bool = False
+    """A GPU converts float8_e4m3fn in hardware."""
     has_native: bool = False
     """The C++ kernels for it are built."""
     cpu_isa: str = "scalar"
@@ -46,6 +51,8 @@ class ModelFacts:
     checkpoint_dtype: str
     """float32, bfloat16, float16, or a quantization name."""
     vocab_size: int
+    activation_bytes_per_token: Mapping[str, int] = field(default_factory=dict)
+    """By dtype: what the layers of a step keep of each of its tokens."""
     packed_parameters: int = 0
     """Of num_parameters, those that quantized kernels take as they are stored."""
     packed_bytes: int = 0
@@ -90,6 +97,8 @@ class ResolvedConfig:
     weight_bytes: int
     kv_cache_bytes: int
     kv_bytes_per_token: int
+    memory: MemoryBudget | None
+    """Of a GPU."""
     enable_prefix_caching: bool
     prefix_cache_key: str
     deterministic: bool
@@ -106,9 +115,10 @@ class ResolvedConfig:
         return self.kv_capacity_tokens / self.max_model_len
 
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-INT8_SCALE_BYTES = 4
-CPU_KV_SHARE, GPU_KV_SHARE = 0.25, 0.90
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+KV_SCALE_BYTES = 4
+EIGHT_BIT_KV = ("int8", "fp8")
+CPU_KV_SHARE = 0.25
 CPU_KV_LIMIT = 4 * GIB
 CPU_ISAS = ("scalar", "avx2", "avx512")
 """Levels of the CPU kernels, each of which includes those before it."""
@@ -139,40 +149,97 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
         raise ConfigError(
             f"max_model_len must be in [2, {limit}] for {model.name}, got {max_model_len}."
         )
-    useful = max_num_seqs * max_model_len * kv_bytes_per_token
-    kv_bytes = pick(
-        "kv_cache_bytes",
-        config.cache.kv_cache_memory_bytes,
-        *_automatic_kv_bytes(hardware.memory_bytes - weight_bytes, useful, on_cpu=on_cpu),
+    memory = (
+        None if on_cpu else _estimate(hardware, model, dtype, weight_bytes, budget, max_num_seqs)
     )
-    num_blocks = kv_bytes // (kv_bytes_per_token * block_size)
-    pick.why["num_blocks"] = "kv_cache_bytes / bytes of a block"
-    if num_blocks * block_size < max_model_len:
-        if config.model_options.max_model_len is not None or num_blocks < 2:
-            raise _too_small(kv_bytes, num_blocks * block_size, max_model_len, kv_bytes_per_token)
-        max_model_len = num_blocks * block_size
-        pick.why["max_model_len"] = "what the KV cache holds"
-    return ResolvedConfig(
+    resolved = ResolvedConfig(
         device=hardware.device,
         threads=threads,
         cpu_isa=cpu_isa,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         block_size=block_size,
-        num_blocks=num_blocks,
+        num_blocks=0,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         quantization=config.model_options.quantization,
         weights=weights,
         weight_bytes=weight_bytes,
-        kv_cache_bytes=num_blocks * block_size * kv_bytes_per_token,
+        kv_cache_bytes=0,
         kv_bytes_per_token=kv_bytes_per_token,
+        memory=memory,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         prefix_cache_key=config.cache.prefix_cache_key,
         deterministic=config.device.deterministic,
         kernel=config.device.kernel,
         why=pick.why,
+    )
+    return _with_kv_cache(resolved, config, hardware.memory_bytes - weight_bytes)
+
+
+def with_measured_memory(
+    resolved: ResolvedConfig, config: EngineConfig, memory: MemoryBudget
+) -> ResolvedConfig:
+    """The KV cache made as large as `memory` leaves room for. Pure. Raises ConfigError, with a
+    remedy, if that is too little."""
+    return _with_kv_cache(replace(resolved, memory=memory), config, memory.free)
+
+
+def _with_kv_cache(resolved: ResolvedConfig, config: EngineConfig, free: int) -> ResolvedConfig:
+    """Choose the size of the KV cache, and a context that fits into it."""
+    why, per_token = dict(resolved.why), resolved.kv_bytes_per_token
+    given, block_size = config.cache.kv_cache_memory_bytes, resolved.block_size
+    if given is None:
+        useful = resolved.max_num_seqs * resolved.max_model_len * per_token
+        kv_bytes, why["kv_cache_bytes"] = _automatic_kv_bytes(free, useful, resolved.memory)
+    elif given < 1:
+        raise ConfigError(f"kv_cache_memory_bytes must be at least 1, got {given}.")
+    elif resolved.memory is not None and given > max(free, 0):
+        raise ConfigError(
+            f"kv_cache_memory_bytes: {given / GIB:.1f} GiB do not fit beside weights, activations "
+            f"and graphs on {resolved.device}: {max(free, 0) / GIB:.1f} GiB are free then. Give "
+            "less, or leave --kv-cache-memory-bytes out."
+        )
+    else:
+        kv_bytes, why["kv_cache_bytes"] = given, "given"
+    num_blocks = kv_bytes // (per_token * block_size)
+    why["num_blocks"] = "kv_cache_bytes / bytes of a block"
+    max_model_len = resolved.max_model_len
+    if num_blocks * block_size < max_model_len:
+        if config.model_options.max_model_len is not None or num_blocks < 2:
+            raise _too_small(resolved, kv_bytes, num_blocks, is_given=given is not None)
+        max_model_len = num_blocks * block_size
+        why["max_model_len"] = "what the KV cache holds"
+    return replace(
+        resolved,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        kv_cache_bytes=num_blocks * block_size * per_token,
+        why=why,
+    )
+
+
+def _estimate(
+    hardware: Hardware,
+    model: ModelFacts,
+    dtype: str,
+    weight_bytes: int,
+    max_tokens: int,
+    max_num_seqs: int,
+) -> MemoryBudget:
+    total = max(hardware.total_bytes, hardware.memory_bytes)
+    return MemoryBudget(
+        total=total,
+        others=total - hardware.memory_bytes,
+        weights=weight_bytes,
+        activations=estimated_activations(
+            max_tokens=max_tokens,
+            bytes_per_token=model.activation_bytes_per_token.get(dtype, 0),
+            max_num_seqs=max_num_seqs,
+            vocab_size=model.vocab_size,
+        ),
+        graphs=GRAPH_BYTES_ESTIMATE,
     )
 
 
@@ -259,21 +326,39 @@ def _kv_cache_type(
     given = config.cache.kv_cache_dtype
     chosen = dtype if given == "auto" else given
     pick.why["kv_cache_dtype"] = "that of dtype" if given == "auto" else "given"
-    if hardware.device != "cpu" and chosen != dtype:
-        raise ConfigError(
-            f"kv_cache_dtype {chosen} runs on a CPU only; on {hardware.device} it is {dtype}, "
-            "like dtype. Leave --kv-cache-dtype at auto."
-        )
-    scales = INT8_SCALE_BYTES * model.kv_rows_per_token if chosen == "int8" else 0
+    if reason := _why_not_kv_type(chosen, dtype, hardware, model):
+        raise ConfigError(f"kv_cache_dtype {chosen}: {reason}")
+    scales = KV_SCALE_BYTES * model.kv_rows_per_token if chosen in EIGHT_BIT_KV else 0
     return chosen, model.kv_elements_per_token * DTYPE_BYTES[chosen] + scales
 
 
-def _automatic_kv_bytes(free: int, useful: int, *, on_cpu: bool) -> tuple[int, str]:
-    share, limit = (CPU_KV_SHARE, CPU_KV_LIMIT) if on_cpu else (GPU_KV_SHARE, useful)
-    reason = f"{share:.0%} of free memory, at most what max_num_seqs full requests need"
-    if on_cpu:
-        reason += f" and {CPU_KV_LIMIT // GIB} GiB"
-    return max(1, min(int(free * share), useful, limit)), reason
+def _why_not_kv_type(chosen: str, dtype: str, hardware: Hardware, model: ModelFacts) -> str:
+    """With a remedy; empty if it can be."""
+    head_dim = model.kv_elements_per_token // model.kv_rows_per_token
+    if chosen in EIGHT_BIT_KV and head_dim % KV_SCALE_BYTES:
+        return (
+            f"8-bit caches take heads of multiples of {KV_SCALE_BYTES}, and those of {model.name} "
+            f"have {head_dim}. Leave --kv-cache-dtype at auto."
+        )
+    if hardware.device == "cpu":
+        if chosen in ("fp8", "float16"):
+            return "no kernel for it runs on a CPU. int8 takes half of what bfloat16 does."
+    elif chosen == "fp8" and not hardware.has_fp8:
+        return f"{hardware.name} has no float8 conversions. int8 takes as much."
+    elif chosen not in EIGHT_BIT_KV and chosen != dtype:
+        return f"on {hardware.device} floats are cached like dtype, {dtype}: use auto, int8 or fp8."
+    return ""
+
+
+def _automatic_kv_bytes(free: int, useful: int, memory: MemoryBudget | None) -> tuple[int, str]:
+    if memory is None:
+        share, reason = CPU_KV_SHARE, f"{CPU_KV_SHARE:.0%} of free memory"
+        kv_bytes = min(int(free * share), useful, CPU_KV_LIMIT)
+        limit = f"what max_num_seqs full requests need and {CPU_KV_LIMIT // GIB} GiB"
+        return max(1, kv_bytes), f"{reason}, at most {limit}"
+    left = "what is left" if memory.is_measured else "what is left, as estimated"
+    limit = "what max_num_seqs full requests need"
+    return max(1, min(memory.kv_cache, useful)), f"{left}, at most {limit}"
 
 
 def _too_many_threads(threads: int, cores: int) -> str:
@@ -287,12 +372,19 @@ def _budget_too_small(budget: int, max_num_seqs: int) -> ConfigError:
     )
 
 
-def _too_small(kv_bytes: int, capacity: int, max_model_len: int, per_token: int) -> ConfigError:
-    needed = -(-max_model_len * per_token // MIB)
+def _too_small(
+    resolved: ResolvedConfig, kv_bytes: int, num_blocks: int, *, is_given: bool
+) -> ConfigError:
+    needed = -(-resolved.max_model_len * resolved.kv_bytes_per_token // MIB)
+    remedy = f"Give --kv-cache-memory-bytes {needed}MiB or a smaller --max-model-len."
+    if resolved.memory is not None and not is_given:
+        remedy = (
+            f"One needs {needed} MiB. Free memory, or give a smaller --max-model-len or "
+            "--max-num-batched-tokens, or --kv-cache-dtype int8, or --quantization fp8 or int8."
+        )
     return ConfigError(
-        f"The KV cache of {kv_bytes / MIB:.0f} MiB holds {capacity} tokens, fewer than "
-        f"max_model_len ({max_model_len}). Give --kv-cache-memory-bytes {needed}MiB or a smaller "
-        "--max-model-len."
+        f"The KV cache of {kv_bytes / MIB:.0f} MiB holds {num_blocks * resolved.block_size} "
+        f"tokens, fewer than max_model_len ({resolved.max_model_len}). {remedy}"
     )
 
 
