@@ -169,6 +169,13 @@ def test_missing_parts_are_found_before_weights_are_read(quantized: Callable[[st
         make_plan(config(folder))
 
 
+def test_integers_without_a_scheme_are_refused(quantized: Callable[[str], Path]) -> None:
+    folder = quantized("fp8 channel")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(CheckpointError, match="proj.weight is stored as F8_E4M3, but the quantiz"):
+        make_plan(config(folder))
+
+
 @needs_native
 def test_the_plan_shows_the_scheme_and_its_bytes(
     quantized: Callable[[str], Path], capsys: pytest.CaptureFixture[str]

@@ -51,6 +51,7 @@ class PagedModel:
         max_positions: int | None = None,
         method: Any = None,
         kernels: Mapping[str, str] | None = None,
+        activation_bits: int = 8,
     ) -> None:
         facts = KernelFacts(
             device="cpu",
@@ -65,6 +66,7 @@ class PagedModel:
             device="cpu",
             kernels=choose(facts, kernels),
             max_positions=max_positions,
+            activation_bits=activation_bits,
         )
         for parameter in self.model.parameters():
             parameter.fill_(float("nan"))

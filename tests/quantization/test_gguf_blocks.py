@@ -107,6 +107,13 @@ def test_what_cannot_be_packed_is_left() -> None:
     assert GGUFBlocks().format_of(Safetensor()) is None
 
 
+@pytest.mark.parametrize("kind", PACKED_FORMATS)
+def test_blocks_are_decoded_on_the_device_they_are_on(kind: str) -> None:
+    blocks = torch.empty(16, 2, gguf_blocks._BLOCK_BYTES[kind], dtype=torch.uint8, device="meta")
+    for field in gguf_blocks._DECODERS[kind](blocks):
+        assert field is None or field.is_meta
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(("kind", "at"), [("Q4_1", 2), *((k, v[-1]) for k, v in SCALES_AT.items())])
 def test_a_scale_that_is_not_finite_is_refused(

@@ -253,7 +253,11 @@ def _load_model(plan: Plan, kernels: KernelSet, progress: Progress) -> CausalLM:
         max_positions=plan.resolved.max_model_len,
         activation_bits=16 if plan.resolved.weights == "exact" else 8,
     )
-    model.load_weights(_with_progress(plan, progress), _quant_method(plan, kernels))
+    method = _quant_method(plan, kernels)
+    if plan.model.quantization is not None and method is None:
+        why = plan.resolved.why["weights"] or "the kernels for them do not load"
+        logger.info("The weights (%s) become dense: %s.", plan.model.quantization.label, why)
+    model.load_weights(_with_progress(plan, progress), method)
     return model.eval()
 
 

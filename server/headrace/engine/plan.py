@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.config import EngineConfig
 from headrace.engine.hardware import probe
 from headrace.engine.resolution import DTYPE_BYTES, Hardware, ModelFacts, ResolvedConfig, resolve
-from headrace.errors import ConfigError
+from headrace.errors import CheckpointError, ConfigError
 from headrace.loading.checkpoint import Checkpoint, open_checkpoint
 from headrace.loading.gguf_weights import GGUFTensor
 from headrace.loading.safetensors import SafetensorsTensor
@@ -40,11 +40,18 @@ StoredWeight = GGUFTensor | SafetensorsTensor | QuantizedWeight
 
 def stored_weights(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[StoredWeight]:
     """Every weight. Raises CheckpointError for a quantized layer that lacks one of its tensors."""
-    if model.quantization is None:
-        yield from checkpoint.weights()
-        return
-    parts = (tensor for tensor in checkpoint.weights() if isinstance(tensor, SafetensorsTensor))
-    yield from joined(parts, model.quantization)
+    stored: Iterable[StoredWeight] = checkpoint.weights()
+    if model.quantization is not None:
+        parts = (tensor for tensor in checkpoint.weights() if isinstance(tensor, SafetensorsTensor))
+        stored = joined(parts, model.quantization)
+    for tensor in stored:
+        if isinstance(tensor, SafetensorsTensor) and not tensor.is_readable:
+            raise CheckpointError(
+                f"Tensor {tensor.name} is stored as {tensor.dtype}, but the quantization_config of "
+                "config.json does not say how. Use another copy of the checkpoint, or the "
+                "unquantized one."
+            )
+        yield tensor
 
 
 def make_plan(config: EngineConfig) -> Plan:

@@ -286,11 +286,13 @@ def _weights(
 def _weight_form(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> tuple[str, str]:
     """`weights` of a ResolvedConfig and, if they become dense, why."""
     options = config.model_options
-    why = f"no kernels for packed weights run on {hardware.device}"
+    why = f"no kernels for products with them run on {hardware.device}"
     if options.weights == "dense":
         why = "--weights dense"
     elif not (model.packed_parameters or model.scaled_parameters):
         why = "the checkpoint has none in a packed format"
+    elif options.weights == "exact" and not model.packed_parameters:
+        why = "--weights exact: products with them round their inputs"
     elif options.dtype != "auto" and model.dtype_dequantizes and options.quantization == "auto":
         why = "--dtype asks for dense weights"
     elif (

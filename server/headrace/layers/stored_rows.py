@@ -22,9 +22,6 @@ class Rows:
     values: Tensor
     scale: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> Rows:
-        return Rows(self.values[rows], None if self.scale is None else self.scale[rows])
-
 
 @dataclass(slots=True)
 class StoredRows:

@@ -55,6 +55,11 @@ class SafetensorsTensor:
     def raw(self) -> memoryview:
         return self._file.view()[self._start : self._start + self.nbytes]
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether `read_into` takes its stored type."""
+        return self.dtype in _READABLE
+
     def load(self) -> torch.Tensor:
         """A copy in the stored type, on the CPU. Raises CheckpointError for a type torch lacks."""
         import torch

@@ -58,7 +58,7 @@ class GGUFBlocks:
         dtype = torch.float32 if fmt.scale_bits == 32 else torch.float16
         decode = _DECODERS[tensor.quantization]
         for first, blocks in _pieces(tensor):
-            integers, scale, minimum = decode(blocks)
+            integers, scale, minimum = decode(blocks.to(packed.device))
             scale = scale.to(dtype)
             minimum = None if minimum is None else minimum.to(dtype)
             for values in (scale, minimum):
@@ -96,7 +96,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _five_bits(blocks: Tensor, at: int) -> Tensor:
     """32 high bits at byte `at` and 16 bytes of low halves behind them: [..., 32] of 0 to 31."""
-    shifts = torch.arange(8, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     high = ((blocks[..., at : at + 4, None] >> shifts) & 1).flatten(-2)
     low = blocks[..., at + 4 :]
     return torch.cat((low & 15, low >> 4), dim=-1) | (high << 4)
@@ -136,7 +136,7 @@ def _split(values: Tensor, *sizes: int) -> Tensor:
 
 def _fields(packed: Tensor, width: int) -> Tensor:
     """[..., n] bytes -> [..., 8 // width, n]: field i is bits [i * width, (i + 1) * width)."""
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8).unsqueeze(-1)
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device).unsqueeze(-1)
     return (packed.unsqueeze(-2) >> shifts) & ((1 << width) - 1)
 
 
