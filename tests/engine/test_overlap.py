@@ -195,3 +195,12 @@ def test_a_batch_says_all_that_a_step_needs_after_the_counts_have_moved_on(make_
     assert [bool(b.samples[0]) for b in (first, second, third)] == [False, True, True]
     kept = second.kept(np.array([False]))
     assert (len(kept), kept.num_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize(("eos_at", "ends"), [(2, False), (3, True)])
+def test_end_tokens_are_banned_for_exactly_min_tokens(make_harness, overlaps, eos_at, ends):
+    harness = make_harness(overlaps=overlaps)
+    harness.add("a", [1, 2, 3], max_tokens=8, min_tokens=3, eos_at=eos_at)
+    harness.run()
+    assert len(harness.tokens["a"]) == (4 if ends else 8)

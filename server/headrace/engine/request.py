@@ -156,8 +156,10 @@ class RunningRequests:
     def schedulable_rows(self) -> LongArray:
         """Active rows whose next token can be computed now, ascending: not those that the step in
         flight brings to their full length, nor those that need the token it samples."""
-        waits = self.needs_known_tokens & (self.num_known_tokens < self.num_tokens)
-        return np.flatnonzero(self.active & (self.num_tokens < self.max_total_tokens) & ~waits)
+        can = self.active & (self.num_tokens < self.max_total_tokens)
+        if self.penalized:
+            can &= ~(self.needs_known_tokens & (self.num_known_tokens < self.num_tokens))
+        return np.flatnonzero(can)
 
     def any_ending(self) -> bool:
         """Whether the step in flight brings a row to its full length."""

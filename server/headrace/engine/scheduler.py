@@ -56,7 +56,6 @@ class Scheduler:
         """Tokens computed by the step that `update` filed last, without what it dropped."""
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._eos_array = np.array(sorted(eos_token_ids), np.int64)
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
@@ -243,7 +242,7 @@ class Scheduler:
             batch = batch.kept(current)
         self.num_filed_tokens = batch.num_tokens
         ends = batch.ends
-        self._commit_full_blocks(batch.rows, batch.starts, ends)
+        self._commit_full_blocks(batch, ends)
         if result.prompt_logprobs:
             self._keep_prompt_logprobs(batch, result)
 
@@ -275,10 +274,10 @@ class Scheduler:
             outputs.details.append(self._detail(row, token, reason, result))
         return outputs
 
-    def _commit_full_blocks(self, rows: LongArray, before: IntArray, after: IntArray) -> None:
-        size = self.kv_cache.block_size
-        for index in np.flatnonzero(before // size != after // size).tolist():
-            self.kv_cache.commit(int(rows[index]), int(before[index]), int(after[index]))
+    def _commit_full_blocks(self, batch: ScheduledBatch, ends: IntArray) -> None:
+        crossed = np.flatnonzero(ends % self.kv_cache.block_size < batch.num_scheduled)
+        for index in crossed.tolist():
+            self.kv_cache.commit(int(batch.rows[index]), int(batch.starts[index]), int(ends[index]))
 
     def _keep_prompt_logprobs(self, batch: ScheduledBatch, result: StepResult) -> None:
         starts = dict(zip(batch.rows.tolist(), batch.starts.tolist(), strict=True))
@@ -297,7 +296,10 @@ class Scheduler:
         """([S] bool stopped by a token, [S] bool out of length)"""
         running = self.running
         # Compared with each: np.isin costs as much as the rest of an update of few rows.
-        stopped = running.stops_at_eos[rows] & (tokens[:, None] == self._eos_array).any(1)
+        stopped = np.zeros(len(rows), np.bool_)
+        for token_id in self._eos_token_ids:
+            stopped |= tokens == token_id
+        stopped &= running.stops_at_eos[rows]
         if running.with_stop_tokens:
             for index in np.flatnonzero(
                 np.isin(rows, np.fromiter(running.with_stop_tokens, np.int64))
