@@ -1,8 +1,10 @@
-"""Builds the native kernels `headrace_kernels._C`; everything else is in pyproject.toml.
+"""Builds the native kernels `headrace_kernels._C` and `._CUDA`; pyproject.toml has the rest.
 
 The sources use the limited C API and torch's stable ABI only, so one build serves every
-Python >= 3.11 and every torch >= 2.11. The extension is optional: without torch or a working
-compiler there is a warning, and the package runs on the plain torch reference.
+Python >= 3.11 and every torch >= 2.11. The extensions are optional: without torch or a working
+compiler there is a warning, and the package runs on the plain torch reference. `_CUDA` is built
+where torch is a CUDA build and nvcc is found, under CUDA_HOME or on the path, for the
+architectures of TORCH_CUDA_ARCH_LIST ("9.0a" is an H200's), or for those that nvcc.py names.
 """
 
 from __future__ import annotations
@@ -10,14 +12,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+from headrace_kernels.cuda import nvcc  # noqa: E402 (the standard library only)
 
 STABLE_ABI_OF_TORCH = (2, 11)
 """The oldest torch we run on: features that are newer than this fail to compile."""
+CUDA_MODULE = "headrace_kernels._CUDA"
 
 
 def compile_jobs() -> int:
@@ -25,6 +32,40 @@ def compile_jobs() -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cpus = len(affinity(0)) if affinity else os.cpu_count()
     return int(os.environ.get("MAX_JOBS") or cpus or 1)
+
+
+def torch_target_version() -> str:
+    """The macro with which newer features of torch fail to compile."""
+    major, minor = STABLE_ABI_OF_TORCH
+    return f"TORCH_TARGET_VERSION={hex(major << 56 | minor << 48)}"
+
+
+def build_cuda(to: Path, objects: Path) -> None:
+    """Compile and link csrc/cuda for the torch of this environment."""
+    from torch.utils import cpp_extension
+
+    found = nvcc.find(os.environ.get("CUDA_HOME"))
+    assert found is not None
+    compiler = nvcc.Compiler(
+        nvcc=found,
+        root=Path(__file__).parent.resolve(),
+        targets=nvcc.targets_of(os.environ.get("TORCH_CUDA_ARCH_LIST", "")),
+        includes=[*cpp_extension.include_paths(), sysconfig.get_path("include")],
+        macros=[torch_target_version()],
+    )
+    compiled = compiler.compile_all(objects, compile_jobs())
+    folders = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    compiler.link(list(compiled), [*folders, "-lc10", "-ltorch_cpu", "-ltorch_cuda"], to)
+
+
+def cuda_extensions() -> list[Extension]:
+    """`_CUDA`, where it can be built."""
+    import torch
+
+    if torch.version.cuda is None or nvcc.find(os.environ.get("CUDA_HOME")) is None:
+        return []
+    sources = [str(path) for path in nvcc.sources(Path())]
+    return [Extension(CUDA_MODULE, sources, py_limited_api=True, optional=True)]
 
 
 def native_extension(sources: list[str]) -> dict[str, Any]:
@@ -38,6 +79,18 @@ def native_extension(sources: list[str]) -> dict[str, Any]:
 
     class ParallelBuild(BuildExtension):  # type: ignore[misc]
         """Compiles the sources of the extension side by side, without asking for ninja."""
+
+        def build_extension(self, extension: Extension) -> None:
+            if extension.name != CUDA_MODULE:
+                super().build_extension(extension)
+                return
+            try:
+                build_cuda(
+                    Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp) / "cuda"
+                )
+            except (OSError, subprocess.CalledProcessError) as error:
+                said = getattr(error, "stderr", "")
+                print(f"warning: no CUDA kernels: {error}\n{said}", file=sys.stderr)
 
         def build_extensions(self) -> None:
             compile_one_after_another = self.compiler.compile
@@ -58,13 +111,12 @@ def native_extension(sources: list[str]) -> dict[str, Any]:
                 # `optional` below warns.
                 print(f"warning: no native kernels: {error}", file=sys.stderr)
 
-    major, minor = STABLE_ABI_OF_TORCH
     extension = CppExtension(
         "headrace_kernels._C",
         sources,
         depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         include_dirs=[str(Path("csrc/include").resolve())],
-        define_macros=[("TORCH_TARGET_VERSION", hex(major << 56 | minor << 48))],
+        define_macros=[tuple(torch_target_version().split("="))],
         extra_compile_args=[
             "-O3",
             "-g0",
@@ -80,7 +132,7 @@ def native_extension(sources: list[str]) -> dict[str, Any]:
         optional=True,
     )
     return {
-        "ext_modules": [extension],
+        "ext_modules": [extension, *cuda_extensions()],
         "cmdclass": {"build_ext": ParallelBuild.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }

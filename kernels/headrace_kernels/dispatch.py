@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels import native, verified
+from headrace_kernels.cuda import extension
 from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.kv_format import head_dim_of
 
@@ -35,6 +36,7 @@ OPS = {
     "scaled_linear": ("scaled_linear",),
     "quantized_linear": ("quantized_linear", "quantized_embedding"),
     "sampling": ("sample_tokens", "token_logprobs"),
+    "kv_copy": ("copy_blocks",),
     "step_inputs": ("put", "token_inputs", "sampling_inputs"),
 }
 """The functions of each stem."""
@@ -130,6 +132,20 @@ def _triton(stem: str, facts: KernelFacts) -> str | None:
     return reason
 
 
+def _cuda(stem: str, facts: KernelFacts) -> str | None:
+    """Why the CUDA C++ kernel of this stem cannot run: no GPU, not built, or its own reasons."""
+    if facts.device != "cuda":
+        return "runs on a GPU only"
+    if (reason := extension.unavailable()) is not None:
+        return reason
+    name = f"headrace_kernels.cuda.{stem}"
+    if importlib.util.find_spec(name) is None:
+        return "not built: there is none"
+    reason = importlib.import_module(name).declines(facts)
+    assert reason is None or isinstance(reason, str)
+    return reason
+
+
 def interprets_triton() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors; it asks when it decorates them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -154,10 +170,19 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
             declines=functools.partial(_triton, stem),
             unverified=functools.partial(_unverified, "triton", stem),
         ),
+        # Behind Triton's until measurements say otherwise: it is asked for by name.
+        Candidate(
+            "cuda",
+            f"headrace_kernels.cuda.{stem}",
+            invariant_on=() if stem == "attention" else ("cuda",),
+            declines=functools.partial(_cuda, stem),
+            unverified=functools.partial(_unverified, "cuda", stem),
+        ),
         Candidate(
             "reference",
             f"headrace_kernels.reference.{stem}",
-            invariant_on=("cpu",),
+            # A copy has no order of sums.
+            invariant_on=("cpu", "cuda") if stem == "kv_copy" else ("cpu",),
             declines=_needs_small_pages if stem == "attention" else _never,
         ),
     )

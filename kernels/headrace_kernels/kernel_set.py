@@ -137,6 +137,10 @@ class TokenLogprobs(Protocol):
     ) -> None: ...
 
 
+class CopyBlocks(Protocol):
+    def __call__(self, src: Tensor, dst: Tensor, pairs: Tensor) -> None: ...
+
+
 class Put(Protocol):
     def __call__(self, index: Tensor, values: Tensor, out: Tensor) -> None: ...
 
@@ -190,6 +194,7 @@ class KernelSet:
     quantized_embedding: QuantizedEmbedding
     sample_tokens: SampleTokens
     token_logprobs: TokenLogprobs
+    copy_blocks: CopyBlocks
     put: Put
     token_inputs: TokenInputs
     sampling_inputs: SamplingInputs

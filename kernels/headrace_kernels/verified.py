@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from headrace_kernels.cuda import extension
+
 PACKAGE = Path(__file__).parent
 RECORD = PACKAGE / "verified.json"
 """{candidate: {stem: {architecture: hash of the sources}}}"""
@@ -28,8 +30,13 @@ def reason_unverified(candidate: str, stem: str, arch: str) -> str | None:
 
 
 def source_hash(candidate: str, stem: str) -> str:
-    """Of headrace_kernels/<candidate>/<stem>.py and what it imports of its folder."""
+    """Of headrace_kernels/<candidate>/<stem>.py and what it imports of its folder.
+
+    Of "cuda" also of what the built kernels were compiled from.
+    """
     digest = hashlib.sha256()
+    if candidate == "cuda":
+        digest.update(extension.sources().encode())
     for path in sorted(_sources(PACKAGE / candidate / f"{stem}.py", set())):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
