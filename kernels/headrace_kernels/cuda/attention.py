@@ -1,0 +1,126 @@
+"""Attention of requests with one query token by the CUDA C++ kernel; others take other batches.
+
+Each kv head of a chunk of 512 tokens is read once for all its query heads, so time is that of
+reading the cache: 64 requests x 4096 tokens of 8 heads x 128 in bf16 are 1.07 GB, 0.25 ms at 4.3
+TB/s, and 0.02 ms of products at 790 TFLOP/s.
+
+A row's bits depend on its own tokens only: chunks are counted from position 0, the four warps of a
+chunk and then the chunks are folded in ascending order, by the same operations wherever that is
+done. But the token's bits are not those that a prompt's kernel gives it, so that a request which is
+preempted and computed again may go on otherwise: this is no candidate of the deterministic set.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from headrace_kernels.attention_metadata import AttentionMetadata
+from headrace_kernels.cpu.fallback import log_once
+from headrace_kernels.dispatch import KernelFacts
+from headrace_kernels.kernel_set import PagedAttention
+from headrace_kernels.reference import attention as reference
+
+CHUNK = 512
+"""Tokens, as in csrc/include/headrace/cuda/attention_plan.cuh."""
+HEAD_DIMS = (64, 128)
+PAGE_MULTIPLE = 16
+PARTIAL_BYTES = 64 << 20
+"""For the partials of contexts of several chunks: 64 x 16k tokens at 32 heads of 128. A context for
+which there is no room is one block's, with the same result."""
+
+
+def declines(facts: KernelFacts) -> str | None:
+    if facts.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {facts.dtype}"
+    if facts.head_dim not in HEAD_DIMS:
+        return f"takes heads of 64 and 128, not {facts.head_dim}"
+    if facts.page_size % PAGE_MULTIPLE:
+        return f"takes pages of multiples of {PAGE_MULTIPLE} tokens, not {facts.page_size}"
+    return None
+
+
+def paged_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    out: Tensor,
+) -> None:
+    """See ops/attention.py."""
+    if _only_decodes(metadata):
+        try:
+            decode(q, kv_cache, metadata, scale, sliding_window, soft_cap, out)
+            return
+        except RuntimeError as refusal:
+            log_once("paged_attention", str(refusal))
+    _other_batches()(q, kv_cache, metadata, scale, sliding_window, soft_cap, out)
+
+
+@functools.cache
+def _other_batches() -> PagedAttention:
+    """Triton's kernel, where there is one."""
+    name = "headrace_kernels.triton.attention"
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(name) is None:
+        return reference.paged_attention
+    attention: PagedAttention = importlib.import_module(name).paged_attention
+    return attention
+
+
+def decode(
+    q: Tensor,
+    kv_cache: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    out: Tensor,
+) -> None:
+    """Attention of the requests that have one query token; rows of others are left as they are."""
+    plan, partials = _plan(q, kv_cache, metadata, sliding_window)
+    torch.ops.headrace_cuda.decode_attention(
+        q,
+        kv_cache,
+        metadata.query_start_loc,
+        metadata.block_table,
+        plan,
+        partials,
+        scale,
+        soft_cap or 0.0,
+        out,
+    )
+
+
+def _only_decodes(metadata: AttentionMetadata) -> bool:
+    """A captured graph is replayed with batches that this one says nothing of."""
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not capturing and bool((metadata.query_lens <= 1).all())
+
+
+def _plan(
+    q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The step's work list and memory for its partials, which all layers of a kind share."""
+    heads, head_dim = q.shape[1:]
+    page_size = kv_cache.shape[3]
+    key = ("cuda", heads, head_dim, page_size, window)
+    if key not in metadata.plans:
+        requests, max_blocks = metadata.block_table.shape
+        chunks = -(-max_blocks * page_size // CHUNK)
+        if window is not None:
+            chunks = min(chunks, -(-window // CHUNK) + 1)
+        room = PARTIAL_BYTES // (4 * heads * (head_dim + 2))
+        capacity = min(room, requests * chunks) if chunks > 1 else 0
+        ops = torch.ops.headrace_cuda
+        plan = q.new_empty(ops.decode_plan_bytes(capacity, requests), dtype=torch.uint8)
+        partials = q.new_empty(capacity * heads * (head_dim + 2), dtype=torch.float32)
+        ops.plan_decode(metadata.query_start_loc, metadata.seq_lens, window or 0, capacity, plan)
+        metadata.plans[key] = plan, partials
+    found: tuple[Tensor, Tensor] = metadata.plans[key]
+    return found
