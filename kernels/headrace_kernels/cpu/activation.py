@@ -1,4 +1,5 @@
-"""Gated activations by the C++ kernels: fp32 and bfloat16; the rest goes to the reference."""
+"""Gated activations by the C++ kernels: fp32 and bfloat16; the rest, 8-bit rows among it, goes
+to the reference."""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ def declines(facts: KernelFacts) -> str | None:
     return None if facts.dtype in FLOATS else f"takes float32 and bfloat16, not {facts.dtype}"
 
 
-def silu_and_mul(gate_up: Tensor, out: Tensor) -> None:
+def silu_and_mul(gate_up: Tensor, out: Tensor, out_scale: Tensor | None = None) -> None:
     """See ops/activation.py."""
+    if out_scale is not None:
+        return reference.silu_and_mul(gate_up, out, out_scale)
     try:
         _silu_and_mul(gate_up, out)
     except RuntimeError as refusal:

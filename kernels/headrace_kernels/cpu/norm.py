@@ -1,4 +1,5 @@
-"""RMSNorm by the C++ kernels: rows of fp32 and bfloat16; the rest goes to the reference."""
+"""RMSNorm by the C++ kernels: rows of fp32 and bfloat16; the rest, 8-bit rows among it,
+goes to the reference."""
 
 from __future__ import annotations
 
@@ -17,8 +18,12 @@ def declines(facts: KernelFacts) -> str | None:
     return None if facts.dtype in FLOATS else f"takes float32 and bfloat16, not {facts.dtype}"
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, out_scale: Tensor | None = None
+) -> None:
     """See ops/norm.py."""
+    if out_scale is not None:
+        return reference.rms_norm(x, weight, eps, out, out_scale)
     try:
         _rms_norm(x, weight, eps, out)
     except RuntimeError as refusal:
@@ -26,8 +31,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
         reference.rms_norm(x, weight, eps, out)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    out_scale: Tensor | None = None,
+) -> None:
     """See ops/norm.py."""
+    if out_scale is not None:
+        return reference.add_rms_norm(x, residual, weight, eps, out, out_scale)
     try:
         _add_rms_norm(x, residual, weight, eps, out)
     except RuntimeError as refusal:

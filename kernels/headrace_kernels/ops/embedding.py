@@ -13,7 +13,8 @@ def embedding(token_ids: Tensor, weight: Tensor, out: Tensor | None = None) -> T
     """The rows of `weight` as they are, in fp32: the residual stream is fp32 from its start.
 
     Args:
-        token_ids: [T] int64; one outside of [0, V) is an IndexError or RuntimeError.
+        token_ids: [T] int64. One outside of [0, V) is an IndexError or RuntimeError on a CPU; on a
+            GPU, which cannot raise without waiting, its row is NaN, and so is what follows from it.
         weight: [V, E], float32, bfloat16 or float16.
         out: [T, E] float32.
     """

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from headrace_kernels.dispatch import kernels_for
-from headrace_kernels.ops.checks import check
+from headrace_kernels.ops.checks import check, check_scale
 from headrace_kernels.reference.quantization import LIMITS
 
 
@@ -24,10 +23,6 @@ def quantize_rows(x: Tensor, out: Tensor, scale: Tensor) -> None:
     """
     if out.dtype not in LIMITS:
         raise ValueError(f"out must be int8 or float8_e4m3fn, not {out.dtype}")
-    check("out", out, x, shape=x.shape)
-    if scale.ndim != 2 or scale.shape[1] == 0 or x.shape[1] % scale.shape[1]:
-        raise ValueError(
-            f"scale must be [T, G] with G a divisor of {x.shape[1]}, not {list(scale.shape)}"
-        )
-    check("scale", scale, x, shape=(len(x), scale.shape[1]), dtype=torch.float32)
+    check("out", out, x, shape=x.shape, dtype=out.dtype)
+    check_scale("scale", scale, x)
     kernels_for(x).quantize_rows(x, out, scale)

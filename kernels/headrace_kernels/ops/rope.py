@@ -28,11 +28,13 @@ def rope_and_write_kv(
 
     Args:
         qkv: [T, (H + 2 K) * D], contiguous: the heads of q, then k, then v.
-        positions: [T] int64, each a row of cos_sin.
+        positions: [T] int64, each a row of cos_sin. One that is none raises on a CPU; a GPU, which
+            cannot raise without waiting, takes the nearest.
         cos_sin: [max_positions, 2, rot / 2] float32; rot = 0 rotates nothing.
         kv_cache: [B, 2, K, P, D], of any strides; or int8 or float8_e4m3fn [B, 2, K, P, D + 4],
             pages of which kv_format.py tells the layout, with one scale a token and head.
-        slot_mapping: [T] int64: block * P + offset to write to; -1 writes nothing.
+        slot_mapping: [T] int64: block * P + offset to write to; -1 writes nothing. So does one
+            behind the cache on a GPU; on a CPU it raises.
         q_out: [T, H, D]; made in the dtype of qkv if None.
         q_norm, k_norm: [D] RMSNorm weights (QK-norm, Henry et al., arXiv 2010.04245), both or none.
         eps: of these norms.
