@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from headrace_kernels import dispatch, native
+from headrace_kernels.kernel_set import KernelSet
 
 # Triton reads it when a kernel is decorated. On a GPU bench/gpu.py checks them compiled.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -55,16 +56,33 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield level
 
 
+def wherever_it_runs(candidate: str, facts: dispatch.KernelFacts) -> dict[str, str]:
+    """An explicit choice of each stem: this candidate, or the reference where it declines."""
+    return {
+        stem: candidate
+        if any(c.name == candidate and c.declines(facts) is None for c in candidates)
+        else "reference"
+        for stem, candidates in dispatch.CANDIDATES.items()
+    }
+
+
 @pytest.fixture(params=("reference", *ISA_LEVELS))
 def implementation(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """Runs a test of the public ops on the reference and on every level of the native kernels."""
-    if request.param != "reference":
+    """Runs a test of the public ops on the reference and on every level of the native kernels.
+
+    What can be interpreted (no arithmetic on bfloat16, small tensors) also takes "triton":
+    @pytest.mark.parametrize("implementation", [...], indirect=True).
+    """
+    if request.param in ISA_LEVELS:
         with native_level(request.param) as level:
             yield level
         return
-    explicit = dict.fromkeys(dispatch.OPS, "reference")
-    choose = functools.cache(lambda facts: dispatch.choose(facts, explicit))
+
+    @functools.cache
+    def choose(facts: dispatch.KernelFacts) -> KernelSet:
+        return dispatch.choose(facts, wherever_it_runs(request.param, facts))
+
     monkeypatch.setattr(dispatch, "_automatic", choose)
     yield request.param

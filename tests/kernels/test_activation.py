@@ -18,11 +18,37 @@ def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert_close(out, gate * torch.sigmoid(gate) * up, TOLERANCES["activation", dtype])
 
 
+EVERYWHERE = pytest.mark.parametrize(
+    "implementation", ["reference", "triton", "scalar", "avx2", "avx512"], indirect=True
+)
+# The interpreter computes with numpy, which warns where a GPU does not.
+QUIET = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1536), (3, 33), (2, 2100), (0, 16)])
+def test_triton(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    tokens, width = shape
+    gate_up = (3 * torch.randn(tokens, 2 * width + 3)).to(dtype)[:, : 2 * width]
+    wide_out = poisoned(tokens, width + 5, dtype=dtype)
+    out = silu_and_mul(gate_up, wide_out[:, :width])
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = gate * torch.sigmoid(gate) * up
+    tolerance = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    assert_close(out, expected, TOLERANCES["activation", tolerance])
+    assert wide_out[:, width:].isnan().all()
+
+
+@QUIET
+@EVERYWHERE
 def test_gates_far_from_zero_do_not_overflow() -> None:
     gate_up = torch.tensor([[-1e4, -100.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0]])
     assert silu_and_mul(gate_up).tolist() == [[0.0, pytest.approx(0.0), 100.0, 1e4]]
 
 
+@QUIET
+@EVERYWHERE
 def test_gates_of_every_size() -> None:
     """Relative to the result: also where it is small, until exp overflows."""
     gate = torch.cat((torch.linspace(-87, 87, 4001), torch.tensor([1e-30, -1e-30, 1e-42])))

@@ -41,6 +41,28 @@ def test_every_row_size(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
         assert_close(out, naive(total, weight, 1e-5), TOLERANCES["norm", out_dtype])
 
 
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", [1, 3, 80, 100, 576, 1025])
+def test_triton(size: int, dtype: torch.dtype) -> None:
+    wide, residual, weight = torch.randn(3, size + 5), torch.randn(3, size), torch.randn(size)
+    x, total = wide.to(dtype)[:, :size], residual.double()
+    tolerance = TOLERANCES["norm", torch.float32 if dtype == torch.float32 else torch.bfloat16]
+    wide_out = poisoned(3, size + 7, dtype=dtype)
+    out = rms_norm(x, weight, 1e-5, wide_out[:, :size])
+    assert_close(out, naive(x, weight, 1e-5), tolerance)
+    assert wide_out[:, size:].isnan().all()
+    total = total + x.double()
+    out = add_rms_norm(x, residual, weight.half(), 1e-5, poisoned(3, size, dtype=dtype))
+    assert_close(residual, total, TOLERANCES["norm", torch.float32])
+    assert_close(out, naive(total, weight.half(), 1e-5), tolerance)
+    x = torch.randn(2, 2, size)
+    assert_close(
+        rms_norm(x, weight, 1e-5), naive(x, weight, 1e-5), TOLERANCES["norm", torch.float32]
+    )
+    assert rms_norm(x[:0, 0], weight, 1e-5).shape == (0, size)
+
+
 def test_rms_norm_of_zeros_and_of_large_values() -> None:
     x = torch.stack((torch.zeros(64), torch.full((64,), 1e18)))
     out = rms_norm(x, torch.ones(64), 1e-5)

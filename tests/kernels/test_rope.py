@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from headrace_kernels.kv_format import from_pages, quantize, values_and_scales
+from headrace_kernels.kv_format import from_pages, quantize, row_size, values_and_scales
 from headrace_kernels.ops.rope import rope_and_write_kv
 from headrace_kernels.testing import (
     HEAD_SHAPES,
@@ -51,8 +53,19 @@ def test_rotates_and_writes(
     dtype: torch.dtype,
     rng: np.random.Generator,
 ) -> None:
+    check_rotates_and_writes(heads, page_size, qk_norm, dtype, rng, LENGTHS)
+
+
+def check_rotates_and_writes(
+    heads: tuple[int, int, int],
+    page_size: int,
+    qk_norm: bool,
+    dtype: torch.dtype,
+    rng: np.random.Generator,
+    lengths: Sequence[tuple[int, int]],
+) -> None:
     num_heads, kv_heads, dim = heads
-    batch = ragged_batch(LENGTHS, page_size, rng)
+    batch = ragged_batch(lengths, page_size, rng)
     cache = random_cache(batch.num_blocks, kv_heads, page_size, dim, dtype=dtype)
     before = cache.clone()
     qkv = torch.randn(batch.num_rows, (num_heads + 2 * kv_heads) * dim).to(dtype)
@@ -75,12 +88,13 @@ def test_rotates_and_writes(
     value = by_head[:, num_heads + kv_heads :]
     if q_norm is not None and k_norm is not None:
         query, key = normed(query, q_norm, 1e-6), normed(key, k_norm, 1e-6)
-    assert_close(q, naive(query, positions, cos_sin), TOLERANCES["rope", dtype])
+    tolerance = TOLERANCES["rope", torch.bfloat16 if dtype == torch.float16 else dtype]
+    assert_close(q, naive(query, positions, cos_sin), tolerance)
 
     used = slots >= 0
     block, offset = slots[used] // page_size, slots[used] % page_size
     expected_key = naive(key, positions, cos_sin)[used]
-    assert_close(cache[block, 0, :, offset], expected_key, TOLERANCES["rope", dtype])
+    assert_close(cache[block, 0, :, offset], expected_key, tolerance)
     assert torch.equal(cache[block, 1, :, offset], value[used])
     cache[block, :, :, offset] = before[block, :, :, offset]
     assert torch.equal(cache, before), "a slot of no token was written"
@@ -116,6 +130,16 @@ def test_the_cache_has_its_own_type(
 @pytest.mark.parametrize("dim", [40, 64])
 @pytest.mark.parametrize("rotary_dim", [0, 32])
 def test_rows_of_an_8_bit_cache(
+    rotary_dim: int,
+    dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    rng: np.random.Generator,
+) -> None:
+    check_8_bit_rows(rotary_dim, dim, dtype, kv_dtype, rng)
+
+
+def check_8_bit_rows(
     rotary_dim: int,
     dim: int,
     dtype: torch.dtype,
@@ -214,3 +238,104 @@ def test_wrong_arguments_are_named() -> None:
         rope_and_write_kv(qkv[:, 1:], positions, table(8, 16), cache, positions)
     with pytest.raises(ValueError, match="slot_mapping must be torch.int64"):
         rope_and_write_kv(qkv, positions, table(8, 16), cache, positions.int())
+
+
+TRITON = pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+# The interpreter computes with numpy, which warns where a GPU does not.
+QUIET = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+FEW = [(1, 17), (3, 3), (2, 18)]
+
+
+@TRITON
+@pytest.mark.parametrize(("dtype", "qk_norm"), [(torch.float32, False), (torch.float16, True)])
+@pytest.mark.parametrize(
+    "heads", [*HEAD_SHAPES, (32, 8, 128)], ids=lambda heads: "x".join(map(str, heads))
+)
+def test_triton(
+    heads: tuple[int, int, int], qk_norm: bool, dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    check_rotates_and_writes(heads, 16, qk_norm, dtype, rng, FEW)
+
+
+@TRITON
+@QUIET
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("rotary_dim", "dim"), [(0, 40), (32, 64), (64, 64)])
+def test_triton_rows_of_an_8_bit_cache(
+    rotary_dim: int, dim: int, kv_dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    check_8_bit_rows(rotary_dim, dim, torch.float16, kv_dtype, rng)
+
+
+@TRITON
+@pytest.mark.parametrize("rotary_dim", [0, 8])
+def test_triton_rotates_a_part(rotary_dim: int, rng: np.random.Generator) -> None:
+    """With norms, which see the whole head, and a cache of another type."""
+    batch = ragged_batch(FEW, 16, rng)
+    cache = random_cache(batch.num_blocks, 1, 16, 32)
+    qkv, norm = torch.randn(batch.num_rows, 3 * 32).half(), torch.randn(32)
+    positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slot_mapping)
+    cos_sin = table(64, rotary_dim)
+    q_out = poisoned(batch.num_rows, 1, 32)
+    q = rope_and_write_kv(
+        qkv, positions, cos_sin, cache, slots, q_out, q_norm=norm, k_norm=2 * norm, eps=1e-6
+    )
+    query, key = qkv.view(-1, 3, 32)[:, :1], qkv.view(-1, 3, 32)[:, 1:2]
+    tolerance = TOLERANCES["rope", torch.float32]
+    assert_close(q, naive(normed(query, norm, 1e-6), positions, cos_sin), tolerance)
+    used = slots >= 0
+    written = cache[slots[used] // 16, 0, :, slots[used] % 16]
+    expected = naive(normed(key, 2 * norm, 1e-6), positions, cos_sin)
+    assert_close(written, expected[used], tolerance)
+
+
+@TRITON
+def test_triton_reads_and_writes_nothing_outside() -> None:
+    qkv, cache = torch.randn(4, 3 * 32), torch.zeros(1, 2, 1, 16, 32)
+    positions, slots = torch.tensor([7, -5, 8, 2**40]), torch.tensor([3, 16, -7, 2**40])
+    cos_sin = table(8, 32)
+    q = rope_and_write_kv(qkv, positions, cos_sin, cache, slots)
+    nearest = torch.tensor([7, 0, 7, 7])
+    expected = naive(qkv.view(4, 3, 32)[:, :1], nearest, cos_sin)
+    assert_close(q, expected, TOLERANCES["rope", torch.float32])
+    assert torch.equal(cache[0, 1, 0, 3], qkv[0, 64:])
+    cache[:, :, :, 3] = 0
+    assert not cache.any()
+
+
+@TRITON
+@QUIET
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.int8])
+def test_triton_offsets_beyond_32_bits(kv_dtype: torch.dtype) -> None:
+    """A cache of 2^31 elements and a few pages, of which the last are touched."""
+    dim, page = 256, 16
+    blocks = 2**31 // (2 * page * dim) + 4
+    cache = torch.empty((blocks, 2, 1, page, row_size(dim, kv_dtype)), dtype=kv_dtype)
+    qkv, slots = torch.randn(2, 3 * dim).half(), torch.tensor([blocks * page - 1, 5])
+    rope_and_write_kv(qkv, torch.arange(2), table(8, 0), cache, slots)
+    written = from_pages(cache[[blocks - 1, 0]])[[0, 1], 1, 0, [15, 5]]
+    step = qkv.view(2, 3, dim)[:, 2].abs().amax().float() / 127
+    assert (written - qkv[:, 2 * dim :].float()).abs().max() <= step / 2
+
+
+@TRITON
+@QUIET
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
+def test_triton_a_row_depends_on_itself_only(
+    kv_dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    batch = ragged_batch([(9, 20)], 16, rng, pad_to=1)
+    qkv, norm, cos_sin = torch.randn(batch.num_rows, 5 * 16), torch.randn(16), table(64, 16)
+    positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(batch.slot_mapping)
+
+    def run(*borders: int) -> tuple[Tensor, Tensor]:
+        cache = torch.zeros(batch.num_blocks, 2, 1, 16, row_size(16, kv_dtype), dtype=kv_dtype)
+        parts = []
+        for first, last in zip(borders, borders[1:], strict=False):
+            rows = slice(first, last)
+            step = qkv[rows], positions[rows], cos_sin, cache, slots[rows]
+            parts.append(rope_and_write_kv(*step, q_norm=norm, k_norm=norm, eps=1e-6))
+        return torch.cat(parts), cache
+
+    for whole, parts in zip(run(0, 9), run(0, 1, 6, 9), strict=True):
+        assert torch.equal(whole, parts)
