@@ -10,6 +10,8 @@ from bench.gpu_stages.machine import Machine
 from bench.gpu_stages.work import Named, Work, in_turn, input_sets, own_kernels
 from torch import Tensor
 
+from headrace_kernels.kv_format import row_size
+
 WIDTH, INTERMEDIATE = 4096, 14336
 HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 64
 
@@ -20,6 +22,12 @@ def rows(machine: Machine) -> Named:
         yield f"silu_and_mul T={count}", functools.partial(_activation, machine, count)
         yield f"rope_and_write_kv T={count}", functools.partial(_rope, machine, count)
         yield f"quantize_rows T={count}", functools.partial(_quantize, machine, count)
+    for count in (64, 2048) if not machine.dry_run else (3,):
+        for name, dtype in (("int8", torch.int8), ("e4m3", torch.float8_e4m3fn)):
+            label = f"to {name} T={count}"
+            yield f"add_rms_norm {label}", functools.partial(_norm, machine, count, dtype)
+            yield f"silu_and_mul {label}", functools.partial(_activation, machine, count, dtype)
+            yield f"rope_and_write_kv {label}", functools.partial(_rope, machine, count, dtype)
     for count in (1, 256) if not machine.dry_run else (2,):
         for filters in ("greedy", "plain", "top_p"):
             label = f"sample {filters} R={count}"
@@ -47,25 +55,33 @@ def _normal(machine: Machine, *shape: int, dtype: torch.dtype | None = None) -> 
     return torch.randn(shape, device=machine.device).to(dtype or machine.dtype)
 
 
-def _norm(machine: Machine, count: int) -> Work:
+def _scale(machine: Machine, count: int, dtype: torch.dtype | None) -> Tensor | None:
+    """Of rows of 8 bits: one a row."""
+    return None if dtype is None else torch.empty(count, 1, device=machine.device)
+
+
+def _norm(machine: Machine, count: int, dtype: torch.dtype | None = None) -> Work:
     weight = _normal(machine, WIDTH, dtype=torch.float32)
-    out = torch.empty(count, WIDTH, dtype=machine.dtype, device=machine.device)
+    out = torch.empty(count, WIDTH, dtype=dtype or machine.dtype, device=machine.device)
+    scale = _scale(machine, count, dtype)
 
     def make() -> tuple[Tensor, ...]:
         fp32 = _normal(machine, count, WIDTH, dtype=torch.float32)
         return _normal(machine, count, WIDTH), fp32
 
     def run(kernels, x, residual):  # type: ignore[no-untyped-def]
-        kernels.add_rms_norm(x, residual, weight, 1e-5, out)
+        kernels.add_rms_norm(x, residual, weight, 1e-5, out, scale)
 
     return _work(machine, "norm", run, make, out.nbytes + 4 * count * WIDTH)
 
 
-def _activation(machine: Machine, count: int) -> Work:
-    out = torch.empty(count, INTERMEDIATE, dtype=machine.dtype, device=machine.device)
+def _activation(machine: Machine, count: int, dtype: torch.dtype | None = None) -> Work:
+    shape = count, INTERMEDIATE
+    out = torch.empty(shape, dtype=dtype or machine.dtype, device=machine.device)
+    scale = _scale(machine, count, dtype)
 
     def run(kernels, gate_up):  # type: ignore[no-untyped-def]
-        kernels.silu_and_mul(gate_up, out)
+        kernels.silu_and_mul(gate_up, out, scale)
 
     return _work(
         machine,
@@ -76,10 +92,11 @@ def _activation(machine: Machine, count: int) -> Work:
     )
 
 
-def _rope(machine: Machine, count: int) -> Work:
+def _rope(machine: Machine, count: int, kv_dtype: torch.dtype | None = None) -> Work:
     device = machine.device
-    blocks = count // PAGE + 1
-    cache = torch.zeros((blocks, 2, KV_HEADS, PAGE, DIM), dtype=machine.dtype, device=device)
+    blocks, cached = count // PAGE + 1, kv_dtype or machine.dtype
+    page = PAGE, row_size(DIM, cached)
+    cache = torch.zeros((blocks, 2, KV_HEADS, *page), dtype=cached, device=device)
     positions = torch.arange(count, device=device)
     slots = torch.randperm(blocks * PAGE, device=device)[:count]
     cos_sin = _normal(machine, count, 2, DIM // 2, dtype=torch.float32)
@@ -89,7 +106,7 @@ def _rope(machine: Machine, count: int) -> Work:
         kernels.rope_and_write_kv(qkv, positions, cos_sin, cache, slots, q, None, None, 0.0)
 
     width = (HEADS + 2 * KV_HEADS) * DIM
-    written = count * width * machine.dtype.itemsize + cos_sin.nbytes
+    written = q.nbytes + count * 2 * KV_HEADS * page[1] * cached.itemsize + cos_sin.nbytes
     return _work(machine, "rope", run, lambda: (_normal(machine, count, width),), written)
 
 

@@ -16,7 +16,7 @@ from bench.gpu_stages.machine import Machine
 from torch import Tensor
 
 from headrace_kernels.kernel_set import KernelSet
-from headrace_kernels.kv_format import from_pages
+from headrace_kernels.kv_format import from_pages, row_size, values_and_scales
 from headrace_kernels.packed_format import FORMATS
 from headrace_kernels.reference import activation as reference_activation
 from headrace_kernels.reference import norm as reference_norm
@@ -96,11 +96,28 @@ def _tolerance(stem: str) -> Tolerance:
     return TOLERANCES[stem, torch.bfloat16]
 
 
+def _rows(draw: Draw, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Poisoned rows of 8 bits and their scales: one a row or one each 128 values."""
+    dtype = draw.one_of(EIGHT_BITS)
+    groups = width // 128 if width % 128 == 0 and draw.integer(0, 1) else 1
+    out = torch.full((rows, width), 0x7F, dtype=torch.int8, device=draw.device).view(dtype)
+    return out, draw.poisoned(rows, groups, dtype=torch.float32)
+
+
+def _beyond_half_a_step(x: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """By how many steps rows [T, In] with scales [T, G] are further from x than rounding brings,
+    and x in another order of fp32 operations."""
+    wanted = x.float() / scale.repeat_interleave(x.shape[1] // scale.shape[1], 1)
+    half = wanted.abs().clamp(min=2**-6) / 16 if rows.dtype != torch.int8 else 0.5
+    return ((rows.float() - wanted).abs() - half - 2e-3).clamp(min=0)
+
+
 def _norm(machine: Machine, generator: torch.Generator) -> Trial:
     draw = Draw(machine, generator)
     rows, width = draw.rows(), draw.one_of([576, 1024, 4096, 80]) if not machine.dry_run else 96
     x, weight = draw.normal(rows, width), draw.normal(width, dtype=torch.float32)
     residual = draw.normal(rows, width, dtype=torch.float32)
+    eight_bits, scale = _rows(draw, rows, width)
 
     def call(kernels: KernelSet) -> Sequence[Tensor]:
         out, added, stream = (
@@ -109,29 +126,36 @@ def _norm(machine: Machine, generator: torch.Generator) -> Trial:
             residual.clone(),
         )
         kernels.rms_norm(x, weight, 1e-5, out)
+        kernels.add_rms_norm(x, residual.clone(), weight, 1e-5, eight_bits, scale)
         kernels.add_rms_norm(x, stream, weight, 1e-5, added)
-        return out, added, stream
+        return out, added, stream, _beyond_half_a_step(expected[1], eight_bits, scale)
 
     expected = [torch.empty_like(residual) for _ in range(2)]
     stream = residual.clone()
     reference_norm.rms_norm(x, weight, 1e-5, expected[0])
     reference_norm.add_rms_norm(x, stream, weight, 1e-5, expected[1])
-    return Trial(f"{rows} x {width}", call, (*expected, stream), _tolerance("norm"))
+    shape = f"{rows} x {width}, {eight_bits.dtype} {list(scale.shape)}"
+    expected.extend((stream, torch.zeros(rows, width)))
+    return Trial(shape, call, expected, _tolerance("norm"))
 
 
 def _activation(machine: Machine, generator: torch.Generator) -> Trial:
     draw = Draw(machine, generator)
     rows, width = draw.rows(), draw.one_of([1536, 3072, 14336]) if not machine.dry_run else 48
     gate_up = draw.normal(rows, 2 * width)
+    eight_bits, scale = _rows(draw, rows, width)
 
     def call(kernels: KernelSet) -> Sequence[Tensor]:
         out = draw.poisoned(rows, width)
         kernels.silu_and_mul(gate_up, out)
-        return (out,)
+        kernels.silu_and_mul(gate_up, eight_bits, scale)
+        return out, _beyond_half_a_step(expected, eight_bits, scale)
 
     expected = torch.empty(rows, width, device=draw.device)
     reference_activation.silu_and_mul(gate_up.float(), expected)
-    return Trial(f"{rows} x {width}", call, (expected,), _tolerance("activation"))
+    shape = f"{rows} x {width}, {eight_bits.dtype} {list(scale.shape)}"
+    zeros = torch.zeros(rows, width)
+    return Trial(shape, call, (expected, zeros), _tolerance("activation"))
 
 
 def _quantization(machine: Machine, generator: torch.Generator) -> Trial:
@@ -183,18 +207,30 @@ def _rope(machine: Machine, generator: torch.Generator) -> Trial:
     norms = [draw.normal(dim, dtype=torch.float32) if draw.integer(0, 1) else None] * 2
     draw.rng()
     cache = random_cache(blocks, kv_heads, page, dim, dtype=machine.dtype).to(draw.device)
+    kv_dtype, at = draw.one_of(EIGHT_BITS), slots[slots >= 0]
+    eight_bits = torch.zeros(
+        (blocks, 2, kv_heads, page, row_size(dim, kv_dtype)), dtype=kv_dtype, device=draw.device
+    )
 
     def call(kernels: KernelSet) -> Sequence[Tensor]:
         written, q = cache.clone(), draw.poisoned(rows, heads, dim)
+        kernels.rope_and_write_kv(qkv, positions, cos_sin, eight_bits, slots, q, *norms, 1e-5)
+        q.fill_(float("nan"))
         kernels.rope_and_write_kv(qkv, positions, cos_sin, written, slots, q, *norms, 1e-5)
-        return q, written
+        values, scales = values_and_scales(eight_bits)
+        assert scales is not None
+        stored = values.float().permute(0, 3, 1, 2, 4)[at // page, at % page].reshape(-1, dim)
+        scale = scales.permute(0, 3, 1, 2)[at // page, at % page].reshape(-1, 1)
+        return q, written, _beyond_half_a_step(wanted, stored.to(kv_dtype), scale)
 
     q, written = torch.empty(rows, heads, dim, device=draw.device), cache.float()
     reference_rope.rope_and_write_kv(
         qkv.float(), positions, cos_sin, written, slots, q, *norms, 1e-5
     )
-    shape = f"{rows} x {heads}/{kv_heads}/{dim}, norms {norms[0] is not None}"
-    return Trial(shape, call, (q, written), _tolerance("rope"), dim, page)
+    wanted = written.permute(0, 3, 1, 2, 4)[at // page, at % page].reshape(-1, dim)
+    shape = f"{rows} x {heads}/{kv_heads}/{dim}, norms {norms[0] is not None}, {kv_dtype}"
+    expected = q, written, torch.zeros(wanted.shape)
+    return Trial(shape, call, expected, _tolerance("rope"), dim, page)
 
 
 def _attention(machine: Machine, generator: torch.Generator) -> Trial:
