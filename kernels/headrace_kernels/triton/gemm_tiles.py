@@ -29,7 +29,16 @@ MIN_PART_INPUTS = 256
 PART_MULTIPLE = 256
 GROUP_TILES = 8
 """Token tiles that read a block of weights one after another, while it is in the L2 cache."""
-LARGEST_SPLIT_TILE = 128 * 128
+SCRATCH_SUMS = SPLIT_PROGRAMS * 128 * 128
+SCRATCH_TILES = 1024
+
+
+EXPECTS = {
+    "sm_80": ("cp.async.cg", "mma.sync.aligned.m16n8k"),
+    "sm_90": ("cp.async.bulk.tensor", "wgmma.mma_async"),
+    "sm_100": ("cp.async.bulk.tensor", "tcgen05.mma"),
+}
+"""What the PTX of a product holds: asynchronous loads, and the tensor cores' instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +72,14 @@ def tiles_of(tokens: int, outputs: int, tiling: Tiling) -> int:
     return -(-tokens // tiling.block_t) * -(-outputs // tiling.block_o)
 
 
-def splits(tokens: int, outputs: int, parts: int, tiling: Tiling) -> bool:
-    """Whether each part is a program of its own."""
-    return parts > 1 and parts * tiles_of(tokens, outputs, tiling) <= SPLIT_PROGRAMS
+def splits(
+    tokens: int, outputs: int, parts: int, tiling: Tiling, programs: int | None = None
+) -> bool:
+    """Whether each part is a program of its own: if they are no more than `programs`."""
+    tiles = tiles_of(tokens, outputs, tiling)
+    sums = parts * tiles * tiling.block_t * tiling.block_o
+    fits = sums <= SCRATCH_SUMS and tiles <= SCRATCH_TILES
+    return parts > 1 and fits and parts * tiles <= (programs or SPLIT_PROGRAMS)
 
 
 @functools.lru_cache(maxsize=16)
@@ -75,22 +89,32 @@ def scratch(device: torch.device) -> tuple[Tensor, Tensor]:
     Of one size for every product, made at the first, so that a captured graph keeps its addresses.
     The products of a device run one after another, on one stream or on streams that wait.
     """
-    partials = torch.empty(SPLIT_PROGRAMS * LARGEST_SPLIT_TILE, device=device)
-    return partials, torch.zeros(SPLIT_PROGRAMS, dtype=torch.int32, device=device)
+    partials = torch.empty(SCRATCH_SUMS, device=device)
+    return partials, torch.zeros(SCRATCH_TILES, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What of an architecture decides about configurations."""
 
-    tma: bool
-    large_shared: bool
-    """227 KB of shared memory, not 99 or 163."""
+    capability: int
+
+    @property
+    def tma(self) -> bool:
+        return self.capability >= 90
+
+    @property
+    def e4m3(self) -> bool:
+        return self.capability >= 89
+
+    @property
+    def large_shared(self) -> bool:
+        """227 KB of shared memory, not 99 or 163."""
+        return self.capability // 10 in (9, 10)
 
 
 def hardware_of(arch: str) -> Hardware:
-    capability = int(arch.removeprefix("sm_"))
-    return Hardware(tma=capability >= 90, large_shared=capability // 10 in (9, 10))
+    return Hardware(int(arch.removeprefix("sm_")))
 
 
 @functools.lru_cache(maxsize=16)
@@ -110,18 +134,13 @@ def fetched_by_tma(*matrices: Tensor) -> bool:
     )
 
 
-def refuses(facts: KernelFacts) -> str | None:
-    """What all of these products decline."""
-    if facts.device == "cpu" and facts.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    if facts.device != "cpu" and not _has_tensor_cores(facts.arch):
-        return f"needs sm_80 or later, not {facts.arch}"
-    return None
-
-
-def _has_tensor_cores(arch: str) -> bool:
-    """Those that multiply bf16."""
-    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 80
+def lacks_tensor_cores(facts: KernelFacts) -> str | None:
+    """What all of these products decline: GPUs that do not multiply bf16."""
+    if facts.device == "cpu":
+        return None
+    if facts.arch.startswith("sm_") and int(facts.arch.removeprefix("sm_")) >= 80:
+        return None
+    return f"needs sm_80 or later, not {facts.arch}"
 
 
 def alignment(*multiples: int) -> int:
@@ -138,6 +157,23 @@ def tile_of(index, T, Out, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, GROUP: 
     height = tl.minimum(token_tiles - first, GROUP)
     within = index % (GROUP * output_tiles)
     return first + within % height, within // height
+
+
+@triton.jit
+def load_tile(
+    source, first_row, k, rows_end, In, stride,
+    TMA: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, K] of a matrix. Columns that do not exist are zeros; rows, whatever is no fault."""
+    if TMA:
+        tile = source.load([first_row, k])
+    else:
+        rows = tl.minimum(first_row + tl.arange(0, ROWS), rows_end - 1) - first_row
+        columns = k + tl.arange(0, K)
+        start = source + first_row.to(tl.int64) * stride
+        pointers = start + rows[:, None].to(tl.int64) * stride + columns[None, :]
+        tile = tl.load(pointers, mask=(columns < In)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from headrace_kernels.dispatch import KernelFacts
 from headrace_kernels.triton.builds import Build
 from headrace_kernels.triton.gemm_tiles import (
+    EXPECTS,
     GROUP_TILES,
     Hardware,
     Tiling,
@@ -27,8 +28,9 @@ from headrace_kernels.triton.gemm_tiles import (
     fetched_by_tma,
     hardware,
     hardware_of,
+    lacks_tensor_cores,
+    load_tile,
     parts_of,
-    refuses,
     scratch,
     splits,
     store_tile,
@@ -42,28 +44,14 @@ SIZES = ["T", "Out", "in_units", "x_units", "weight_units", "out_units", "parts"
 
 
 @triton.jit
-def _load(source, first_row, k, rows_end, In, stride, ROWS: tl.constexpr, K: tl.constexpr):
-    """[ROWS, K] of a matrix in memory; rows that do not exist are copies of the last."""
-    rows = tl.minimum(first_row + tl.arange(0, ROWS), rows_end - 1) - first_row
-    columns = k + tl.arange(0, K)
-    start = source + first_row.to(tl.int64) * stride
-    pointers = start + rows[:, None].to(tl.int64) * stride + columns[None, :]
-    return tl.load(pointers, mask=(columns < In)[None, :], other=0.0)
-
-
-@triton.jit
 def _product(
     acc, x, weight, first_t, first_o, k_begin, k_end, T, Out, In, x_stride, weight_stride,
     TMA: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + weight[outputs, k_begin:k_end] @ x[tokens, k_begin:k_end].T"""
     for k in range(k_begin, k_end, BLOCK_K):
-        if TMA:
-            w_tile = weight.load([first_o, k])
-            x_tile = x.load([first_t, k])
-        else:
-            w_tile = _load(weight, first_o, k, Out, In, weight_stride, BLOCK_O, BLOCK_K)
-            x_tile = _load(x, first_t, k, T, In, x_stride, BLOCK_T, BLOCK_K)
+        w_tile = load_tile(weight, first_o, k, Out, In, weight_stride, TMA, BLOCK_O, BLOCK_K)
+        x_tile = load_tile(x, first_t, k, T, In, x_stride, TMA, BLOCK_T, BLOCK_K)
         acc = tl.dot(w_tile, tl.trans(x_tile), acc, input_precision="ieee")
     return acc
 
@@ -117,7 +105,9 @@ def linear_kernel(
 def declines(facts: KernelFacts) -> str | None:
     if facts.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, not {facts.dtype}"
-    return refuses(facts)
+    if facts.device == "cpu" and facts.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return lacks_tensor_cores(facts)
 
 
 def tiling(tokens: int, outputs: int, parts: int, itemsize: int, on: Hardware) -> Tiling:
@@ -245,10 +235,3 @@ def builds(arch: str) -> Iterator[Build]:
             num_stages=tile.num_stages,
             expects=EXPECTS.get(arch, ()),
         )
-
-
-EXPECTS = {
-    "sm_80": ("cp.async.cg", "mma.sync.aligned.m16n8k16"),
-    "sm_90": ("cp.async.bulk.tensor", "wgmma.mma_async"),
-    "sm_100": ("cp.async.bulk.tensor", "tcgen05.mma"),
-}
