@@ -5,8 +5,10 @@ Ships with the package, so that a kernel written elsewhere is held to the same c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +34,20 @@ RAGGED_LENGTHS: Mapping[str, Sequence[tuple[int, int]]] = {
 
 HEAD_SHAPES: Sequence[tuple[int, int, int]] = ((9, 3, 64), (4, 4, 16), (8, 1, 32), (6, 2, 80))
 """(H, K, D): grouped, multi-head and multi-query attention; D that is no power of two."""
+
+LOGIT_STYLES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "flat": lambda x: x * 0.02,
+    "spread": lambda x: x,
+    "peaked": lambda x: x * 8,
+    "equal": torch.zeros_like,
+    "ties": lambda x: x.round(),
+    "signed zeros": lambda x: x.sign() * 0.0,
+    "banned": lambda x: torch.where(x > 0.5, x, -math.inf),
+    "huge": lambda x: x * 1e37,
+    "tiny": lambda x: x * 1e-44,
+    "far apart": lambda x: torch.where(x > 1, x, x - 1000),
+}
+"""From standard normal numbers to the logits of a vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,3 +236,49 @@ def random_cache(
     """
     whole = to_pages(torch.randn((num_blocks, 3, 2, kv_heads, page_size, head_dim)), dtype)
     return whole[:, 1]
+
+
+def random_logits(style: str, rows: int, vocab_size: int, seed: int) -> Tensor:
+    """Logits [rows, vocab_size] of LOGIT_STYLES; each row is a distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = LOGIT_STYLES[style](torch.randn(rows, vocab_size, generator=generator))
+    logits[:, -1] = torch.where(logits[:, -1].isfinite(), logits[:, -1], 0.0)
+    return logits
+
+
+def sampling_columns(rows: int, **values: Any) -> dict[str, Tensor]:
+    """The columns of `sample_tokens`, without filters but for those given; a number is every row's.
+
+    The noise of each row is another position of one seed.
+    """
+    defaults: dict[str, tuple[Any, torch.dtype]] = {
+        "temperature": (1.0, torch.float32),
+        "top_k": (0, torch.int32),
+        "top_p": (1.0, torch.float32),
+        "min_p": (0.0, torch.float32),
+        "seeds": (99, torch.int64),
+        "positions": (torch.arange(rows), torch.int64),
+    }
+    return {
+        name: torch.as_tensor(values.get(name, default), dtype=dtype).expand(rows).contiguous()
+        for name, (default, dtype) in defaults.items()
+    }
+
+
+def random_sampling_columns(rows: int, vocab_size: int, seed: int) -> dict[str, Tensor]:
+    """Rows of random temperatures and filters: their borders, and what is between them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(choices: list[float]) -> Tensor:
+        return torch.tensor(choices)[torch.randint(len(choices), (rows,), generator=generator)]
+
+    top_k = drawn([0, 0, 1, 2, 20, 50, 900, vocab_size - 1, vocab_size, vocab_size + 1])
+    return sampling_columns(
+        rows,
+        temperature=drawn([0, 1e-6, 0.01, 0.3, 1, 1, 2.5, 100]),
+        top_k=top_k.clamp(min=0),
+        top_p=drawn([1e-30, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999999, 1 - 2**-24, 1, 1, 1]),
+        min_p=drawn([0, 0, 0, 1e-6, 0.05, 0.3, 1]),
+        seeds=torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
+        positions=torch.randint(0, 2**40, (rows,), generator=generator),
+    )

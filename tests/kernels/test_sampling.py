@@ -366,8 +366,15 @@ def test_logprobs_of_a_broken_row_are_nan_and_harm_no_other() -> None:
         ({"logits": torch.zeros(2, 4, dtype=torch.bfloat16)}, "logits must be .* torch.bfloat16"),
         ({"logits": torch.zeros(8)}, r"logits must be \[rows, vocabulary\] .* got \[8\]"),
         ({"logits": torch.zeros(2, 0)}, r"got \[2, 0\]"),
-        ({"top_k": torch.zeros(2)}, r"top_k must be a CPU tensor of \[2\] torch.int32"),
+        (
+            {"top_k": torch.zeros(2)},
+            r"top_k must be \[2\] torch.int32 on cpu, .* got \[2\] torch.float32",
+        ),
         ({"seeds": torch.zeros(3, dtype=torch.int64)}, r"seeds must be .* got \[3\]"),
+        (
+            {"positions": torch.zeros(2, dtype=torch.int64, device="meta")},
+            r"positions must be .* on cpu, as the logits are, got .* on meta",
+        ),
     ],
 )
 def test_wrong_shapes_and_dtypes_are_named(change: dict[str, Tensor], message: str) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +16,12 @@ from headrace_kernels import native
 from headrace_kernels.cpu.fallback import log_once
 from headrace_kernels.ops import sampling as ops
 from headrace_kernels.reference import sampling as reference
+from headrace_kernels.testing import (
+    LOGIT_STYLES,
+    random_logits,
+    random_sampling_columns,
+    sampling_columns,
+)
 
 if reason := native.unavailable():
     pytest.skip(f"native kernels: {reason}", allow_module_level=True)
@@ -28,18 +33,6 @@ pytestmark = pytest.mark.usefixtures("isa", "no_fallback")
 INF = math.inf
 # Partial vectors, blocks of noise, blocks of groups and chunks.
 BORDERS = (1, 2, 15, 16, 17, 63, 64, 65, 100, 1023, 1025, 8191, 8192, 8193, 16400)
-STYLES: dict[str, Callable[[Tensor], Tensor]] = {
-    "flat": lambda x: x * 0.02,
-    "spread": lambda x: x,
-    "peaked": lambda x: x * 8,
-    "equal": torch.zeros_like,
-    "ties": lambda x: x.round(),
-    "signed zeros": lambda x: x.sign() * 0.0,
-    "banned": lambda x: torch.where(x > 0.5, x, -INF),
-    "huge": lambda x: x * 1e37,
-    "tiny": lambda x: x * 1e-44,
-    "far apart": lambda x: torch.where(x > 1, x, x - 1000),
-}
 
 
 @pytest.fixture
@@ -49,21 +42,6 @@ def no_fallback(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.INFO, "headrace_kernels")
     yield
     assert not [record.message for record in caplog.records if "reference" in record.message]
-
-
-def columns(rows: int, **values: Any) -> dict[str, Tensor]:
-    defaults: dict[str, tuple[Any, torch.dtype]] = {
-        "temperature": (1.0, torch.float32),
-        "top_k": (0, torch.int32),
-        "top_p": (1.0, torch.float32),
-        "min_p": (0.0, torch.float32),
-        "seeds": (99, torch.int64),
-        "positions": (torch.arange(rows), torch.int64),
-    }
-    return {
-        name: torch.as_tensor(values.get(name, default), dtype=dtype).expand(rows).contiguous()
-        for name, (default, dtype) in defaults.items()
-    }
 
 
 def both(logits: Tensor, **made: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,38 +61,13 @@ def assert_same(logits: Tensor, made: dict[str, Tensor]) -> None:
         raise AssertionError(f"row {row}: {got[row]}, not {expected[row]}; {of_row}")
 
 
-def styled(style: str, rows: int, vocab_size: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = STYLES[style](torch.randn(rows, vocab_size, generator=generator))
-    logits[:, -1] = torch.where(logits[:, -1].isfinite(), logits[:, -1], 0.0)
-    return logits
-
-
-def every_filter(rows: int, vocab_size: int, seed: int) -> dict[str, Tensor]:
-    """Rows of random temperatures and filters: their borders, and what is between them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(choices: list[float]) -> Tensor:
-        return torch.tensor(choices)[torch.randint(len(choices), (rows,), generator=generator)]
-
-    top_k = drawn([0, 0, 1, 2, 20, 50, 900, vocab_size - 1, vocab_size, vocab_size + 1])
-    return columns(
-        rows,
-        temperature=drawn([0, 1e-6, 0.01, 0.3, 1, 1, 2.5, 100]),
-        top_k=top_k.clamp(min=0),
-        top_p=drawn([1e-30, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999999, 1 - 2**-24, 1, 1, 1]),
-        min_p=drawn([0, 0, 0, 1e-6, 0.05, 0.3, 1]),
-        seeds=torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator),
-        positions=torch.randint(0, 2**40, (rows,), generator=generator),
-    )
-
-
 @pytest.mark.parametrize("vocab_size", BORDERS)
 def test_every_filter_on_every_kind_of_logits(vocab_size: int) -> None:
     rows = 24 if vocab_size < 5000 else 8
-    for seed, style in enumerate(STYLES):
+    for seed, style in enumerate(LOGIT_STYLES):
         assert_same(
-            styled(style, rows, vocab_size, seed), every_filter(rows, vocab_size, seed + vocab_size)
+            random_logits(style, rows, vocab_size, seed),
+            random_sampling_columns(rows, vocab_size, seed + vocab_size),
         )
 
 
@@ -125,20 +78,23 @@ def test_every_filter_on_every_kind_of_logits(vocab_size: int) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    style=st.sampled_from(sorted(STYLES)),
+    style=st.sampled_from(sorted(LOGIT_STYLES)),
     vocab_size=st.integers(1, 400),
     seed=st.integers(0, 2**32),
 )
 def test_generated_rows(style: str, vocab_size: int, seed: int) -> None:
     rows = 32
-    assert_same(styled(style, rows, vocab_size, seed), every_filter(rows, vocab_size, seed))
+    assert_same(
+        random_logits(style, rows, vocab_size, seed),
+        random_sampling_columns(rows, vocab_size, seed),
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [49_152, 151_936])
 @pytest.mark.parametrize("style", ["flat", "spread", "peaked", "ties"])
 def test_large_vocabularies(vocab_size: int, style: str, threads: int) -> None:
-    logits = styled(style, 7, vocab_size, 5)
-    made = columns(
+    logits = random_logits(style, 7, vocab_size, 5)
+    made = sampling_columns(
         7,
         temperature=torch.tensor([0.0, 1, 0.7, 1, 1, 1.5, 1]),
         top_k=torch.tensor([0, 0, 0, 50, 40_000, 0, 5000]),
@@ -154,7 +110,7 @@ def test_nearly_equal_scores(temperature: float) -> None:
     that passed over one too many would lose the best. All noise is there, up to its bounds."""
     rows, vocab_size = 200, 3000
     generator = torch.Generator().manual_seed(int(100 * temperature))
-    made = columns(rows, temperature=temperature)
+    made = sampling_columns(rows, temperature=temperature)
     noise = reference.gumbel_noise(made["seeds"], made["positions"], vocab_size)
     for spread in (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
         wobble = torch.rand(rows, vocab_size, generator=generator) * spread
@@ -165,7 +121,7 @@ def test_nearly_equal_scores_where_the_filter_is_tightest() -> None:
     """1 - u, its lowest eight bits cut off, is nearest to -log(u) around 2e-4: only tokens with
     such noise compete. Besides the kernel's slack there are about 2e-4 of room there."""
     rows, vocab_size = 1500, 2500
-    made = columns(rows)
+    made = sampling_columns(rows)
     noise = reference.gumbel_noise(made["seeds"], made["positions"], vocab_size)
     tight = (noise > 7) & (noise < 10)
     for spread in (0.0, 1e-6, 1e-5, 1e-4):
@@ -194,7 +150,7 @@ def test_the_filter_of_the_draw_is_a_bound() -> None:
 def test_equal_scores_take_the_lowest_token() -> None:
     """float32 scores of a large row meet often; so do those of logits that are all -1e30 apart."""
     rows, vocab_size = 3000, 40
-    made = columns(rows)
+    made = sampling_columns(rows)
     noise = reference.gumbel_noise(made["seeds"], made["positions"], vocab_size)
     # Rounded to 1/8, scores tie in most rows.
     logits = (noise * 8).round() / 8 - noise
@@ -215,7 +171,7 @@ def test_borders_of_the_nucleus_are_exact() -> None:
             up = torch.nextafter(exact, torch.tensor(1.0))
             for top_p, last in ((exact, kept), (up, min(kept + 1, vocab_size))):
                 for top_k in (0, vocab_size):
-                    made = columns(rows, top_p=float(top_p), top_k=top_k)
+                    made = sampling_columns(rows, top_p=float(top_p), top_k=top_k)
                     got, expected = both(torch.zeros(rows, vocab_size), **made)
                     assert torch.equal(got, expected)
                     assert int(got.max()) < last
@@ -224,8 +180,8 @@ def test_borders_of_the_nucleus_are_exact() -> None:
 @pytest.mark.parametrize("vocab_size", [1, 3, 20_000])
 def test_rows_without_a_distribution(vocab_size: int, threads: int) -> None:
     rows = 40
-    made = every_filter(rows, vocab_size, 3)
-    logits = styled("spread", rows, vocab_size, 3)
+    made = random_sampling_columns(rows, vocab_size, 3)
+    logits = random_logits("spread", rows, vocab_size, 3)
     expected = both(logits, **made)[1]
     for value in (math.nan, -math.nan, INF):
         for token in {0, vocab_size // 2, vocab_size - 1}:
@@ -241,7 +197,7 @@ def test_rows_without_a_distribution(vocab_size: int, threads: int) -> None:
 def test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads(threads: int) -> None:
     rows, vocab_size = 12, 30_000
     wide = torch.randn(rows, vocab_size + 3)
-    logits, made = wide[:, :vocab_size], every_filter(rows, vocab_size, 8)
+    logits, made = wide[:, :vocab_size], random_sampling_columns(rows, vocab_size, 8)
     together, expected = both(logits, **made)
     assert torch.equal(together, expected)
     for subset in ([3], [11, 0, 5], [7, 7], list(range(11, -1, -1))):
@@ -251,7 +207,7 @@ def test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads(threads
 
 def test_opcheck() -> None:
     logits, scratch = torch.randn(3, 9000), torch.empty(8192, dtype=torch.uint8)
-    columns_of_3 = list(every_filter(3, 9000, 1).values())
+    columns_of_3 = list(random_sampling_columns(3, 9000, 1).values())
     ids = torch.arange(3)
     sample, logprobs = kernels._sample_tokens, kernels._token_logprobs
     torch.library.opcheck(sample, (logits, *columns_of_3, scratch, torch.empty_like(ids)))
@@ -262,7 +218,7 @@ def test_opcheck() -> None:
 
 
 def test_no_rows() -> None:
-    assert both(torch.empty(0, 9), **columns(0))[0].shape == (0,)
+    assert both(torch.empty(0, 9), **sampling_columns(0))[0].shape == (0,)
 
 
 @pytest.mark.parametrize("vocab_size", BORDERS)
@@ -270,7 +226,7 @@ def test_no_rows() -> None:
 def test_logprobs(vocab_size: int, k: int) -> None:
     k = min(k, vocab_size)
     for style in ("flat", "spread", "peaked", "equal", "ties", "banned", "far apart"):
-        logits = styled(style, 5, vocab_size, 2)
+        logits = random_logits(style, 5, vocab_size, 2)
         ids = torch.randint(vocab_size, (5,))
         exact = logits.double().log_softmax(-1)
         order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]

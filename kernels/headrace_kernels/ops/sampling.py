@@ -45,15 +45,14 @@ def sample_tokens(
         seeds, positions: [R] int64, the identity of the noise.
         kernels: a model's own; None is the automatic choice.
 
-    All columns are CPU tensors, whatever the device of the logits: the host can then see which
-    rows need which work without waiting for the device.
+    All columns are on the logits' device, so that nothing has to wait for it.
 
     Returns:
         [R] int64 on the logits' device. Of equal scores the lowest token id is taken. A row
         without a distribution (a NaN or +inf in it, or nothing but -inf) gives -1.
 
     Raises:
-        ValueError: a wrong shape or dtype.
+        ValueError: a wrong shape, dtype or device.
     """
     _check_logits(logits)
     for name, column, dtype in (
@@ -64,9 +63,13 @@ def sample_tokens(
         ("seeds", seeds, torch.int64),
         ("positions", positions, torch.int64),
     ):
-        if column.shape != logits.shape[:1] or column.dtype != dtype or column.is_cuda:
+        if (
+            column.shape != logits.shape[:1]
+            or column.dtype != dtype
+            or column.device != logits.device
+        ):
             raise ValueError(
-                f"{name} must be a CPU tensor of [{len(logits)}] {dtype}, "
+                f"{name} must be [{len(logits)}] {dtype} on {logits.device}, as the logits are, "
                 f"got {list(column.shape)} {column.dtype} on {column.device}."
             )
     out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)

@@ -23,7 +23,7 @@ GUMBEL_MIN = -math.log(33 * math.log(2))
 GUMBEL_MAX = -math.log(-math.log1p(-(2.0**-33)))
 # No token this far below the best logit can win: the largest noise does not make up for it. The
 # last term is far above the rounding of any sum of the two in float32.
-_HOPELESS = GUMBEL_MIN - GUMBEL_MAX - 1e-3
+HOPELESS = GUMBEL_MIN - GUMBEL_MAX - 1e-3
 
 # How much whole-vocabulary noise is made at once: this bounds its int64 temporaries. On a CPU they
 # should stay in the cache; four times as much takes twice as long a token there.
@@ -31,13 +31,13 @@ _NOISE_AT_ONCE, _NOISE_AT_ONCE_CPU = 2**24, 2**16
 
 # exp(x) = 2^n exp(r), |r| <= ln(2) / 2: n ln(2) in two parts keeps r exact, and the polynomial is
 # the best of degree 4 for (exp(r) - 1 - r) / r^2.
-_LOG2_E = 1.44269504
-_LN2_HIGH, _LN2_LOW = 355 / 512, -2.12194440e-4
-_EXP_POLYNOMIAL = (1.381459879e-3, 8.368716575e-3, 4.166838899e-2, 1.666652113e-1, 4.999999404e-1)
+LOG2_E = 1.44269504
+LN2_HIGH, LN2_LOW = 355 / 512, -2.12194440e-4
+EXP_POLYNOMIAL = (1.381459879e-3, 8.368716575e-3, 4.166838899e-2, 1.666652113e-1, 4.999999404e-1)
 # Masses are whole numbers of 2^-34: what is smaller than half of that is 0, and float64 holds the
 # sum of 2^19 of them exactly.
-_MASS_BITS = 34
-_LEAST_MASS_LOG = -32.0
+MASS_BITS = 34
+LEAST_MASS_LOG = -32.0
 # Far above the error of a mass, relative to it.
 _MASS_SLACK = 1e-4
 
@@ -164,7 +164,7 @@ def _draw_unordered(
     vocab_size = scaled.shape[-1]
     if min_p.any():
         scaled = torch.where(scaled >= _least_of(min_p)[:, None], scaled, -torch.inf)
-    survives = scaled >= _HOPELESS
+    survives = scaled >= HOPELESS
     # A gathered token costs as much noise as the four lanes of a whole counter.
     crowded = survives.sum(-1, dtype=torch.int32) * _LANES > vocab_size
     tokens = torch.empty_like(seeds)
@@ -208,7 +208,7 @@ def _draw_ordered(
     # The tokens that weigh less than this weigh less than 1 - top_p together: none is in the
     # nucleus. One unit is more than the rounding of a mass.
     tail = (1 - top_p.double()) * total / vocab_size - 1
-    tail = (tail.clamp(min=0.25) * 2.0**-_MASS_BITS).log() - _MASS_SLACK
+    tail = (tail.clamp(min=0.25) * 2.0**-MASS_BITS).log() - _MASS_SLACK
     threshold = torch.maximum(tail.float(), least)
     if limited.any():
         largest = scaled.topk(int(torch.where(limited, k, 1).max())).values
@@ -237,14 +237,14 @@ def masses(scaled: Tensor) -> Tensor:
     Of products and sums that each round to float32, and nothing else: every implementation gets
     the same bits, and sums of whole numbers have no order. So all agree on every nucleus.
     """
-    x = scaled.clamp(min=_LEAST_MASS_LOG)
-    n = (x * _LOG2_E).round_()
-    r = x.sub_(n * _LN2_HIGH).sub_(n * _LN2_LOW)
-    p = torch.full_like(r, _EXP_POLYNOMIAL[0])
-    for coefficient in _EXP_POLYNOMIAL[1:]:
+    x = scaled.clamp(min=LEAST_MASS_LOG)
+    n = (x * LOG2_E).round_()
+    r = x.sub_(n * LN2_HIGH).sub_(n * LN2_LOW)
+    p = torch.full_like(r, EXP_POLYNOMIAL[0])
+    for coefficient in EXP_POLYNOMIAL[1:]:
         p.mul_(r).add_(coefficient)
     p.mul_(r * r).add_(r.add_(1.0))
-    power = n.to(torch.int32).add_(127 + _MASS_BITS).bitwise_left_shift_(23)
+    power = n.to(torch.int32).add_(127 + MASS_BITS).bitwise_left_shift_(23)
     return p.mul_(power.view(torch.float32)).round_()
 
 
