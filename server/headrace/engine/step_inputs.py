@@ -21,6 +21,7 @@ from headrace_kernels.ops.step_inputs import SAMPLING_WORDS
 
 ALIGNMENT = 4
 """int32 words: kernels are compiled for arrays that begin at multiples of 16 bytes."""
+NO_CHANGES = np.empty(0, np.int64), np.empty(0, np.int32)
 
 
 def _aligned(size: int) -> int:
@@ -48,31 +49,39 @@ class DeviceRows:
     def max_changes(self) -> int:
         return self.block_table.numel() + self.sampling_words.numel()
 
-    def changes(self, rows: LongArray) -> tuple[IntArray, IntArray]:
-        """(index of each entry that moved on since `apply`, its value), of these rows."""
+    def moved(self, rows: LongArray) -> LongArray:
+        """Those of `rows` that hold another request, or more blocks, than `apply` was told of."""
         running = self._running
-        is_new = running.generations[rows] != self._generations[rows]
-        known = np.where(is_new, 0, self._num_blocks[rows])
-        counts = running.num_blocks[rows] - known
-        grown = np.flatnonzero(counts > 0)
-        counts, known, owners = counts[grown], known[grown], rows[grown]
-        ends = np.cumsum(counts)
-        owner = np.repeat(owners, counts)
-        column = np.arange(len(owner)) + np.repeat(known - (ends - counts), counts)
-        index = owner * self.block_table.shape[1] + column
-        values = running.block_table[owner, column]
-        if is_new.any():
-            fresh = rows[is_new]
-            own = self._words_at + fresh[:, None] * SAMPLING_WORDS + np.arange(SAMPLING_WORDS)
-            index = np.concatenate((index, own.ravel()))
-            values = np.concatenate((values, _sampling_words(running, fresh).ravel()))
-        return index.astype(np.int32), values
+        is_same = (running.generations[rows] == self._generations[rows]) & (
+            running.num_blocks[rows] == self._num_blocks[rows]
+        )
+        return rows[~is_same]
 
-    def apply(self, rows: LongArray, index: Tensor, values: Tensor, kernels: KernelSet) -> None:
+    def changes(self, moved: LongArray) -> tuple[LongArray, IntArray]:
+        """(index of each entry that moved on in these rows, its value)"""
+        if len(moved) == 0:
+            return NO_CHANGES
+        running = self._running
+        is_new = running.generations[moved] != self._generations[moved]
+        known = np.where(is_new, 0, self._num_blocks[moved])
+        counts = running.num_blocks[moved] - known
+        ends = np.cumsum(counts)
+        row = np.repeat(moved, counts)
+        column = np.arange(len(row)) + np.repeat(known - (ends - counts), counts)
+        index = row * self.block_table.shape[1] + column
+        values = running.block_table[row, column]
+        if is_new.any():
+            rows = moved[is_new]
+            own = self._words_at + rows[:, None] * SAMPLING_WORDS + np.arange(SAMPLING_WORDS)
+            index = np.concatenate((index, own.ravel()))
+            values = np.concatenate((values, _sampling_words(running, rows).ravel()))
+        return index, values
+
+    def apply(self, moved: LongArray, index: Tensor, values: Tensor, kernels: KernelSet) -> None:
         """Enqueue the `changes` of these rows."""
         kernels.put(index, values, self._entries)
-        self._generations[rows] = self._running.generations[rows]
-        self._num_blocks[rows] = self._running.num_blocks[rows]
+        self._generations[moved] = self._running.generations[moved]
+        self._num_blocks[moved] = self._running.num_blocks[moved]
 
 
 def _sampling_words(running: RunningRequests, rows: LongArray) -> IntArray:
@@ -167,7 +176,8 @@ class StepInputMaker:
 
     def make(self, batch: ScheduledBatch, padded: int, logprob_indices: LongArray) -> StepInputs:
         """Enqueue what makes the inputs of a batch, of `padded` tokens with padding."""
-        changes = self.rows.changes(batch.rows)
+        moved = self.rows.moved(batch.rows)
+        changes = self.rows.changes(moved)
         sampling_rows = batch.rows[batch.samples]
         query_start_loc, seq_lens = _lengths(batch, self._running.capacity)
         tokens = np.zeros(padded, np.int32)
@@ -175,8 +185,8 @@ class StepInputMaker:
         sent = self._uploads.send(
             [query_start_loc, seq_lens, tokens, sampling_rows, logprob_indices, *changes]
         )
-        if len(changes[0]):
-            self.rows.apply(batch.rows, sent[5], sent[6], self._kernels)
+        if len(moved):
+            self.rows.apply(moved, sent[5], sent[6], self._kernels)
         token_ids, positions, slot_mapping = self._tokens[:, :padded]
         self._kernels.token_inputs(
             sent[0],
