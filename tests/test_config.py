@@ -18,7 +18,7 @@ from headrace.config import (
     option_specs,
     parse_size,
 )
-from headrace.engine.resolution import Hardware, ModelFacts, resolve
+from headrace.engine.resolution import Hardware, ModelFacts, resolve, with_measured_memory
 from headrace.errors import ConfigError
 
 CPU = Hardware(device="cpu", name="a CPU", cores=2, memory_bytes=16 * GIB, has_bf16=True)
@@ -230,3 +230,55 @@ def test_more_threads_than_cores_are_pointed_out():
     resolved = resolve(EngineConfig(device=DeviceOptions(threads=3)), CPU, SMALL)
     assert resolved.threads == 3
     assert resolved.why["threads"] == "given; this process may use only 2 cores"
+
+
+LARGE = dataclasses.replace(
+    SMALL,
+    num_parameters=8_030_261_248,
+    max_position_embeddings=131072,
+    kv_elements_per_token=2 * 32 * 8 * 128,
+    kv_rows_per_token=2 * 32 * 8,
+    checkpoint_dtype="bfloat16",
+    vocab_size=128256,
+    activation_bytes_per_token={"bfloat16": 200_000},
+)
+
+
+def test_a_gpu_caches_what_weights_and_steps_leave():
+    hardware = dataclasses.replace(GPU, total_bytes=144 * GIB)
+    resolved = resolve(EngineConfig(), hardware, LARGE)
+    memory = resolved.memory
+    assert (memory.total, memory.others) == (144 * GIB, 4 * GIB)
+    assert memory.weights == 2 * LARGE.num_parameters
+    assert memory.activations == 8192 * 200_000 + 256 * 128256 * 4 * 3
+    left = 144 * GIB * 0.9 - 4 * GIB - memory.weights - memory.activations - memory.graphs
+    assert memory.kv_cache == pytest.approx(left, abs=1)
+    assert 0 <= memory.kv_cache - resolved.kv_cache_bytes < 64 * resolved.kv_bytes_per_token
+    assert resolved.why["kv_cache_bytes"].startswith("what is left, as estimated")
+    assert [name for name, _, _ in memory.lines()] == [
+        "GPU memory", "in use", "activations", "graphs"
+    ]  # fmt: skip
+    assert resolve(EngineConfig(), CPU, SMALL).memory is None
+
+
+def test_what_is_measured_takes_the_place_of_estimates():
+    resolved = resolve(EngineConfig(), dataclasses.replace(GPU, total_bytes=144 * GIB), LARGE)
+    measured = dataclasses.replace(
+        resolved.memory, activations=30 * GIB, graphs=GIB, is_measured=True
+    )
+    after = with_measured_memory(resolved, EngineConfig(), measured)
+    assert 0 <= measured.kv_cache - after.kv_cache_bytes < 64 * after.kv_bytes_per_token
+    assert after.kv_cache_bytes < resolved.kv_cache_bytes - 25 * GIB
+    assert after.max_model_len == 131072
+    assert after.why["kv_cache_bytes"].startswith("what is left, at most")
+    scarce = dataclasses.replace(measured, activations=107 * GIB)
+    shorter = with_measured_memory(resolved, EngineConfig(), scarce)
+    assert shorter.max_model_len == shorter.kv_capacity_tokens < 131072
+    asked = EngineConfig(model_options=ModelOptions(max_model_len=131072))
+    with pytest.raises(ConfigError, match="One needs 16384 MiB. Free memory, or give a smaller"):
+        with_measured_memory(resolved, asked, scarce)
+    given = EngineConfig(cache=CacheOptions(kv_cache_memory_bytes=90 * GIB))
+    assert with_measured_memory(resolved, given, measured).kv_cache_bytes == 90 * GIB
+    too_much = EngineConfig(cache=CacheOptions(kv_cache_memory_bytes=100 * GIB))
+    with pytest.raises(ConfigError, match="100.0 GiB do not fit beside .* 94.0 GiB are free"):
+        with_measured_memory(resolved, too_much, measured)

@@ -9,6 +9,7 @@ import gc
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ def _measure(machine: Machine, model: str, workload: Workload, options: Options)
     _run(engine, uniform(1, 16, 2, 300))
     first = time.perf_counter()
     _run(engine, dataclasses.replace(workload, output_lengths=[2] * len(workload.prompts)))
+    while engine.idle():  # captures the graphs that are missing
+        pass
+    waits = _count_waits(engine, workload)
     engine.reset_prefix_cache()
     times = _run(engine, workload)
     engine.check_invariants()
@@ -77,11 +81,14 @@ def _measure(machine: Machine, model: str, workload: Workload, options: Options)
         "steps": times.steps,
         "median step ms": statistics.median(times.step_seconds) * 1e3,
         "median host us": statistics.median(times.host_seconds) * 1e6,
+        "waits in launch": waits,
         "load s": loaded - start,
         "load and first tokens s": first - start,
         "kernels": " ".join(f"{stem}={name}" for stem, name in engine.info.kernels.items()),
         "KV tokens": engine.info.num_blocks * engine.info.block_size,
     }
+    if (graphs := getattr(engine._runner, "graphs", None)) is not None:
+        result |= {"graphs": len(graphs.captured), "graph pool growth": graphs.pool_growth}
     del engine
     gc.collect()
     if machine.device.type == "cuda":
@@ -149,6 +156,22 @@ def _run(engine: Engine, workload: Workload) -> Times:
         times.host_seconds.append(seconds - (waited() - before))
     times.seconds = time.perf_counter() - start
     return times
+
+
+def _count_waits(engine: Engine, workload: Workload) -> int:
+    """Operations of a few steps that made the host wait for the device, as torch sees them."""
+    if not engine.info.device.startswith("cuda"):
+        return 0
+    prompts = workload.prompts[:4]
+    few = dataclasses.replace(workload, prompts=prompts, output_lengths=[4] * len(prompts))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            _run(engine, few)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in found)
 
 
 def _count_waiting(engine: Engine) -> Callable[[], float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -211,10 +212,21 @@ def _leaves_little_to_torch(model: CausalLM, kernels: KernelSet) -> bool:
 
 
 def _choose_kernels(resolved: ResolvedConfig, model: ModelConfig) -> KernelSet:
+    facts, explicit = kernel_facts(resolved, model), explicit_kernels(resolved.kernel)
     try:
-        return dispatch.choose(kernel_facts(resolved, model), explicit_kernels(resolved.kernel))
+        return dispatch.choose(facts, explicit)
     except dispatch.KernelUnavailableError as error:
-        raise ConfigError(f"--kernel: {error}") from None
+        option = "--kernel: " if explicit else ""
+        raise ConfigError(f"{option}{error}{_page_size_hint(facts, explicit)}") from None
+
+
+def _page_size_hint(facts: dispatch.KernelFacts, explicit: Mapping[str, str]) -> str:
+    """The nearest page size that has kernels, if there is one."""
+    for size in sorted((16, 32, 64), key=lambda size: abs(size - facts.page_size)):
+        with contextlib.suppress(dispatch.KernelUnavailableError):
+            dispatch.choose(replace(facts, page_size=size), explicit)
+            return f" --block-size {size} works."
+    return ""
 
 
 def explicit_kernels(choices: Sequence[str]) -> dict[str, str]:

@@ -55,7 +55,8 @@ class DeviceRows:
         is_same = (running.generations[rows] == self._generations[rows]) & (
             running.num_blocks[rows] == self._num_blocks[rows]
         )
-        return rows[~is_same]
+        moved: LongArray = rows[~is_same]
+        return moved
 
     def changes(self, moved: LongArray) -> tuple[LongArray, IntArray]:
         """(index of each entry that moved on in these rows, its value)"""

@@ -1,0 +1,91 @@
+"""What is refused before weights are read, and what an engine on a GPU is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tests.engine.fake_cuda import FakeDevice, fake_kernels
+
+from headrace.config import CacheOptions, DeviceOptions, EngineConfig, ModelOptions
+from headrace.engine import build, plan
+from headrace.engine.build import build_engine
+from headrace.engine.memory import MemoryBudget
+from headrace.errors import ConfigError
+from headrace_kernels import dispatch
+
+REFERENCES = tuple(f"{stem}=reference" for stem in dispatch.OPS)
+
+
+def test_a_page_size_that_no_kernel_takes_is_refused_with_one_that_works(checkpoint, monkeypatch):
+    monkeypatch.setattr(build, "_load_model", lambda *_: pytest.fail("weights were read"))
+    config = EngineConfig(
+        model=str(checkpoint),
+        cache=CacheOptions(block_size=48),
+        device=DeviceOptions(device="cpu", kernel=REFERENCES),
+    )
+    with pytest.raises(ConfigError, match=r"page size 48 does not divide .* --block-size 32 works"):
+        build_engine(config)
+
+
+class FakeGpu(FakeDevice):
+    """On which a model takes 1 MB of weights and each graph 20 kB."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.free = [8_000_000, 7_000_000, 6_980_000]
+
+    def free_bytes(self) -> int:
+        return self.free.pop(0)
+
+    def release_unused(self) -> None: ...
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_an_engine_on_a_gpu_measures_its_memory(checkpoint, monkeypatch, caplog, graphs):
+    """The path of build_engine on a GPU, with everything on the CPU but the name of the device."""
+    made: list[FakeGpu] = []
+
+    def device_of(device: torch.device) -> FakeGpu:
+        made.append(FakeGpu(device))
+        return made[-1]
+
+    def on_a_gpu(config):
+        found = plan.make_plan(config)
+        memory = MemoryBudget(
+            total=10_000_000, others=1_000_000, weights=1, activations=1, graphs=1
+        )
+        resolved = dataclasses.replace(found.resolved, device="cuda:0", memory=memory)
+        return dataclasses.replace(found, resolved=resolved)
+
+    load = build._load_model
+
+    def load_on_cpu(found, *rest):
+        resolved = dataclasses.replace(found.resolved, device="cpu")
+        model = load(dataclasses.replace(found, resolved=resolved), *rest)
+        model.context.kernels = fake_kernels(model.context.kernels, capturable=graphs)
+        return model
+
+    config = EngineConfig(
+        model=str(checkpoint),
+        model_options=ModelOptions(dtype="float32"),
+        device=DeviceOptions(device="cpu", kernel=REFERENCES),
+    )
+    facts = build.kernel_facts(plan.make_plan(config).resolved, plan.make_plan(config).model)
+    monkeypatch.setattr(build, "TorchCudaDevice", device_of)
+    monkeypatch.setattr(build, "make_plan", on_a_gpu)
+    monkeypatch.setattr(build, "_load_model", load_on_cpu)
+    monkeypatch.setattr(build, "kernel_facts", lambda *_: facts)
+    engine = build_engine(config)
+    assert len(made) == 1 and made[0].free == []
+    # 90% of 10 MB, without 1 MB of others, 1 MB of weights, 1 MB of activations, 20 kB a graph.
+    per_token = 2 * 2 * 2 * 16 * 4  # K and V, layers, heads, head size, float32
+    num_graphs = len(engine._runner.graphs.sizes) if graphs else 1
+    room = 9_000_000 - 3_000_000 - 20_000 * num_graphs
+    assert engine.info.num_blocks == min(room, 64 * 512 * per_token) // (per_token * 16)
+    assert engine._runner.overlaps and len(engine._runner._kv_layers[0]) == engine.info.num_blocks
+    if graphs:
+        assert engine._runner.graphs.captured == [256] and num_graphs == 20
+    else:
+        assert "without CUDA graphs: the references of activation, attention" in caplog.text
