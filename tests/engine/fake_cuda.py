@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
+from headrace_kernels import dispatch
 from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.reference import attention as reference_attention
@@ -183,3 +184,18 @@ def fake_kernels(kernels: KernelSet, *, capturable: bool) -> KernelSet:
         functions["paged_attention"] = unchecked(attention_from_device)
         names = dict.fromkeys(names, "test")
     return dataclasses.replace(kernels, **functions, names=tuple(names.items()))
+
+
+def triton_kernels() -> KernelSet:
+    """Interpreted kernels of all stems that have them; references of the others, as they are on a
+    device of their own."""
+    facts = dispatch.KernelFacts(
+        device="cpu", arch="x86_64", dtype=torch.float32, head_dim=16, page_size=4
+    )
+    explicit = dict.fromkeys(dispatch.OPS, "reference")
+    for decision in dispatch.explain(facts):
+        if decision.candidate == "triton" and decision.reason.startswith("never run on"):
+            explicit[decision.stem] = "triton"
+    chosen = dispatch.choose(facts, explicit)
+    kernels = fake_kernels(chosen, capturable=explicit["attention"] == "reference")
+    return dataclasses.replace(kernels, names=chosen.names)

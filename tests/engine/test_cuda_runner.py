@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.engine.fake_cuda import FakeDevice, fake_kernels
+from tests.engine.fake_cuda import FakeDevice, fake_kernels, triton_kernels
 from torch.utils._python_dispatch import _disable_current_modes
 
 from headrace.config import (
@@ -46,11 +46,15 @@ def cpu_engine(checkpoint, *, budget: int = 64, rows: int = 16, kv_bytes: int = 
     )
 
 
-def cuda_engine(checkpoint, *, graphs: bool = True, budget: int = 64, **options) -> Engine:
+def cuda_engine(
+    checkpoint, *, graphs: bool = True, triton: bool = False, budget: int = 64, **options
+) -> Engine:
     """The same engine with the other runner; `engine.device` is the fake."""
     engine = cpu_engine(checkpoint, budget=budget, **options)
     model = engine._runner._model
-    model.context.kernels = fake_kernels(model.context.kernels, capturable=graphs)
+    kernels = model.context.kernels
+    kernels = triton_kernels() if triton else fake_kernels(kernels, capturable=graphs)
+    model.context.kernels = kernels
     engine.device = FakeDevice()
     engine._runner = CudaRunner(
         model,
@@ -153,6 +157,20 @@ def test_the_bits_of_the_cpu_runner(checkpoint, logits_of, graphs, budget):
     if graphs != "few":  # a capture between steps sends neutral inputs
         assert engine.device.waits_in_launch == 0
     assert (len(engine.device.replays) > 20) == (graphs != "none")
+
+
+def test_the_triton_kernels_that_there_are(checkpoint, logits_of, monkeypatch):
+    """Interpreted, in replayed graphs, where attention knows the batch from the device alone."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    work = requests(4, longest=12, max_tokens=7)
+    expected, outputs = logits_of(cpu_engine(checkpoint), work)
+    engine = cuda_engine(checkpoint, triton=True, rows=4)
+    assert dict(engine._runner._model.context.kernels.names)["step_inputs"] == "triton"
+    logits, found = logits_of(engine, work, idle_every=2)
+    assert len(engine.device.replays) > 5
+    assert found.keys() == outputs.keys()
+    for key, row in expected.items():
+        torch.testing.assert_close(logits[key], row, atol=1e-4, rtol=1e-4)
 
 
 def test_preempted_requests_too(checkpoint, logits_of):
