@@ -110,6 +110,7 @@ class Matrix(nn.Module):
         if len(joined) > 1 and sum(rows.end - rows.begin for rows in joined) == self.out_features:
             self._drop_what_is_unused(joined)
         self.stored = joined
+        self.input_format = joined[0].fmt if len(joined) == 1 else None
         self.stored_tensors = nn.ParameterList(
             nn.Parameter(tensor, requires_grad=False) for rows in joined for tensor in rows.tensors
         )

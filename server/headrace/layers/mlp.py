@@ -46,7 +46,7 @@ class GatedMLP(nn.Module):
         """x: [T, E], in the model dtype or as input_format -> [T, E]."""
         gate_up, fmt = self.gate_up_proj(x), self.down_proj.weight.input_format
         activated = new_rows("activated", len(gate_up), self.intermediate_size, fmt, self._context)
-        self._context.kernels.silu_and_mul(gate_up, activated.values)
+        self._context.kernels.silu_and_mul(gate_up, activated.values, activated.scale)
         out: Tensor = self.down_proj(activated)
         return out
 

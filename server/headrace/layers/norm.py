@@ -34,9 +34,9 @@ class RMSNorm(nn.Module):
         (tokens, width), kernels = residual.shape, self._context.kernels
         out = new_rows("normalised", tokens, width, fmt, self._context, dtype=self.out_dtype)
         if x is None:
-            kernels.rms_norm(residual, self.weight, self.eps, out.values)
+            kernels.rms_norm(residual, self.weight, self.eps, out.values, out.scale)
         else:
-            kernels.add_rms_norm(x, residual, self.weight, self.eps, out.values)
+            kernels.add_rms_norm(x, residual, self.weight, self.eps, out.values, out.scale)
         return out
 
     def weight_slots(self, prefix: str) -> WeightSlots:
