@@ -19,6 +19,8 @@ from headrace.sampling_params import GenerateRequest, SamplingParams
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
 
+STOP_BITS = 64
+
 UNKNOWN_TOKEN = -1
 """In RunningRequests.token_ids: the step that samples this token is in flight. (A sampler's
 NO_TOKEN, which has the same value, never gets there: a row without a token ends.)"""
@@ -126,6 +128,10 @@ class RunningRequests:
         self.seed: LongArray = np.zeros(rows, np.int64)
         self.num_logprobs: IntArray = np.zeros(rows, np.int32)
         self.stops_at_eos = np.zeros(rows, np.bool_)
+        # Bit `token_id % STOP_BITS` is set for each other token that ends the row.
+        self.stop_bits = np.zeros(rows, np.uint64)
+        # The length below which the tokens that end a row are banned.
+        self.min_total_tokens: IntArray = np.zeros(rows, np.int32)
         # The host prepares each token's logits from all tokens before it.
         self.needs_known_tokens = np.zeros(rows, np.bool_)
 
@@ -227,9 +233,21 @@ class RunningRequests:
             self.penalized.add(row)
         if sampling.logit_bias:
             self.biased.add(row)
-        if sampling.min_tokens:
+        self.min_total_tokens[row] = 0
+        if sampling.min_tokens and request.stop_token_ids:
+            length = request.num_prompt_tokens + sampling.min_tokens
+            self.min_total_tokens[row] = min(length, request.max_total_tokens)
             self.with_min_tokens.add(row)
-        if request.stop_token_ids - self._eos_token_ids:
+        own_stop_token_ids = request.stop_token_ids - self._eos_token_ids
+        self.stop_bits[row] = _bits(own_stop_token_ids)
+        if own_stop_token_ids:
             self.with_stop_tokens.add(row)
         if request.wants_prompt_logprobs:
             self.with_prompt_logprobs.add(row)
+
+
+def _bits(token_ids: Collection[int]) -> int:
+    bits = 0
+    for token_id in token_ids:
+        bits |= 1 << token_id % STOP_BITS
+    return bits

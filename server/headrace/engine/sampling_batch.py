@@ -37,8 +37,13 @@ def _rarities(
     running: RunningRequests, rows: LongArray, positions: IntArray
 ) -> dict[str, dict[int, Any]]:
     """The SamplingBatch fields that only few rows have, by index into `rows`."""
-    if not (running.penalized or running.biased or running.with_min_tokens):
-        return {}
+    banned = {}
+    if running.with_min_tokens:
+        for index in np.flatnonzero(positions < running.min_total_tokens[rows]).tolist():
+            stop_token_ids = running.request(int(rows[index])).stop_token_ids
+            banned[index] = np.fromiter(stop_token_ids, np.int64)
+    if not (running.penalized or running.biased):
+        return {"banned": banned}
     index_of = {row: index for index, row in enumerate(rows.tolist())}
     penalized = {}
     for row in running.penalized & index_of.keys():
@@ -52,10 +57,4 @@ def _rarities(
             np.fromiter(bias.keys(), np.int64, len(bias)),
             np.fromiter(bias.values(), np.float32, len(bias)),
         )
-    banned = {}
-    for row in running.with_min_tokens & index_of.keys():
-        request = running.request(row)
-        num_output_tokens = int(positions[index_of[row]]) - request.num_prompt_tokens
-        if num_output_tokens < request.sampling.min_tokens:
-            banned[index_of[row]] = np.fromiter(request.stop_token_ids, np.int64)
     return {"penalized": penalized, "logit_bias": logit_bias, "banned": banned}

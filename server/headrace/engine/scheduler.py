@@ -24,6 +24,7 @@ from headrace.engine.batch import ScheduledBatch, StepResult
 from headrace.engine.client import FinishReason, RequestOutput, StepOutputs, TokenLogprobs
 from headrace.engine.kv_cache import KVCacheManager
 from headrace.engine.request import (
+    STOP_BITS,
     UNKNOWN_TOKEN,
     IntArray,
     LongArray,
@@ -301,9 +302,8 @@ class Scheduler:
             stopped |= tokens == token_id
         stopped &= running.stops_at_eos[rows]
         if running.with_stop_tokens:
-            for index in np.flatnonzero(
-                np.isin(rows, np.fromiter(running.with_stop_tokens, np.int64))
-            ).tolist():
+            bits = running.stop_bits[rows] >> (tokens % STOP_BITS).astype(np.uint64)
+            for index in np.flatnonzero(bits & np.uint64(1)).tolist():
                 request = running.request(int(rows[index]))
                 stopped[index] |= int(tokens[index]) in request.stop_token_ids
         return stopped, running.num_known_tokens[rows] >= running.max_total_tokens[rows]
