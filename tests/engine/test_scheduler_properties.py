@@ -166,7 +166,7 @@ def test_any_sequence_of_events_gives_the_undisturbed_outputs(make_harness, over
     run_state_machine_as_test(
         machine_for(make_harness, overlaps),
         settings=settings(
-            max_examples=150 if overlaps else 50,
+            max_examples=70 if overlaps else 25,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
