@@ -211,3 +211,24 @@ def test_wrong_arguments_are_named() -> None:
         implementation("triton", "quantization").quantize_rows(
             torch.zeros(1, 40000), torch.empty(1, 40000, dtype=torch.int8), torch.empty(1, 1)
         )
+
+
+def test_triton_refuses_layouts_that_it_would_write_past() -> None:
+    x, weight, table = torch.randn(4, 8), torch.ones(8), torch.zeros(9, 8)
+    norm, rows = implementation("triton", "norm"), torch.empty(8, 4, dtype=torch.int8)
+    with pytest.raises(ValueError, match="residual must be contiguous; its strides are"):
+        norm.add_rms_norm(x, torch.empty(8, 4).T, weight, 1e-5, x)
+    with pytest.raises(ValueError, match="out must have adjacent values in its rows"):
+        norm.rms_norm(x, weight, 1e-5, torch.empty(8, 4).T)
+    with pytest.raises(ValueError, match="out must have adjacent values in its rows"):
+        implementation("triton", "activation").silu_and_mul(torch.randn(4, 16), rows.T)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        implementation("triton", "quantization").quantize_rows(x, rows.T, torch.empty(4, 1))
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        implementation("triton", "embedding").embedding(torch.tensor([1, 2]), table, table[:2, :4])
+    qkv, ids, q_out = torch.randn(2, 24), torch.arange(2), torch.empty(2, 1, 8)
+    pages = torch.zeros(2, 2, 1, 4, 16, dtype=torch.int8)[..., :12]
+    with pytest.raises(ValueError, match="8-bit pages must be contiguous"):
+        implementation("triton", "rope").rope_and_write_kv(
+            qkv, ids, torch.zeros(2, 2, 4), pages, ids, q_out, None, None, 0.0
+        )

@@ -18,6 +18,7 @@ from headrace_kernels.dispatch import KernelFacts
 from headrace_kernels.triton.builds import Build
 from headrace_kernels.triton.quantization import (
     WIDE_LOADS,
+    check_layout,
     columns_of_groups,
     cut_row,
     matrix,
@@ -59,6 +60,8 @@ def silu_and_mul(gate_up: Tensor, out: Tensor, out_scale: Tensor | None = None) 
     """See ops/activation.py."""
     if not out.numel():
         return
+    check_layout(out_scale=out_scale)
+    check_layout(adjacent=True, out=out)
     gate_up = matrix(gate_up)
     cut = cut_row(out.shape[1], None if out_scale is None else out_scale.shape[1], out.dtype)
     silu_and_mul_kernel[len(out), cut.programs](

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace_kernels.dispatch import KernelFacts
 from headrace_kernels.triton.builds import Build
-from headrace_kernels.triton.quantization import matrix
+from headrace_kernels.triton.quantization import check_layout
 
 BLOCK = 1024
 WARPS = 4
@@ -45,7 +45,8 @@ def embedding(token_ids: Tensor, weight: Tensor, out: Tensor) -> None:
     """See ops/embedding.py."""
     if not out.numel():
         return
-    weight = matrix(weight)
+    check_layout(token_ids=token_ids, out=out)
+    check_layout(adjacent=True, weight=weight)
     width = weight.shape[1]
     embedding_kernel[len(token_ids), triton.cdiv(width, BLOCK)](
         token_ids,

@@ -19,6 +19,7 @@ from headrace_kernels.dispatch import KernelFacts
 from headrace_kernels.triton.builds import Build
 from headrace_kernels.triton.quantization import (
     WIDE_LOADS,
+    check_layout,
     columns_of_groups,
     cut_row,
     matrix,
@@ -112,6 +113,8 @@ def _launch(
 ) -> None:
     if not x.numel():
         return
+    check_layout(weight=weight, residual=residual, out_scale=out_scale)
+    check_layout(adjacent=True, out=out)
     rows, out_rows = matrix(x), out.view(-1, out.shape[-1])
     constants, num_warps = _configuration(
         rows.shape[1], None if out_scale is None else out_scale.shape[1], out.dtype

@@ -172,10 +172,20 @@ def matrix(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def check_layout(*, adjacent: bool = False, **tensors: Tensor | None) -> None:
+    """Raise ValueError for one that is not contiguous, or whose rows are not if `adjacent`."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.is_contiguous() or (adjacent and tensor.stride(-1) == 1):
+            continue
+        what = "have adjacent values in its rows" if adjacent else "be contiguous"
+        raise ValueError(f"{name} must {what}; its strides are {tensor.stride()}")
+
+
 def quantize_rows(x: Tensor, out: Tensor, scale: Tensor) -> None:
     """See ops/quantization.py."""
     if not x.numel():
         return
+    check_layout(out=out, scale=scale)
     x = matrix(x)
     cut = cut_row(x.shape[1], scale.shape[1], out.dtype)
     quantize_kernel[len(x), cut.programs](

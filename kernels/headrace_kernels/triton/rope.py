@@ -22,6 +22,7 @@ from headrace_kernels.reference.quantization import LIMITS
 from headrace_kernels.triton.builds import Build
 from headrace_kernels.triton.quantization import (
     WIDE_LOADS,
+    check_layout,
     factor_and_scale,
     magnitude_bits,
     output_types,
@@ -166,7 +167,12 @@ def rope_and_write_kv(
     tokens, heads, head_dim = q_out.shape
     if not tokens:
         return
-    blocks, _, kv_heads, page_size, _ = kv_cache.shape
+    blocks, _, kv_heads, page_size, size = kv_cache.shape
+    check_layout(positions=positions, slot_mapping=slot_mapping, cos_sin=cos_sin, q_out=q_out)
+    check_layout(q_norm=q_norm, k_norm=k_norm)
+    check_layout(adjacent=True, qkv=qkv, kv_cache=kv_cache)
+    if kv_cache.dtype in LIMITS and kv_cache.stride(3) != size:
+        raise ValueError(f"8-bit pages must be contiguous, not of strides {kv_cache.stride()}")
     constants, programs, num_warps = _configuration(
         heads, kv_heads, head_dim, cos_sin.shape[-1], page_size, kv_cache.dtype, kv_cache.stride()
     )
