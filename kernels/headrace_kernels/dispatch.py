@@ -41,6 +41,9 @@ OPS = {
 }
 """The functions of each stem."""
 
+CUBLAS_STEMS = ("linear", "scaled_linear", "quantized_linear")
+"""Stems that have a candidate for many tokens by torch's matrix product."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelFacts:
@@ -146,6 +149,17 @@ def _cuda(stem: str, facts: KernelFacts) -> str | None:
     return reason
 
 
+def _cublas(stem: str, facts: KernelFacts) -> str | None:
+    """Why torch's matrix product cannot run beside Triton's."""
+    if facts.device != "cuda":
+        return "runs on a GPU only"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    reason = importlib.import_module(f"headrace_kernels.cublas.{stem}").declines(facts)
+    assert reason is None or isinstance(reason, str)
+    return reason
+
+
 def interprets_triton() -> bool:
     """Whether Triton runs its kernels in Python, on CPU tensors; it asks when it decorates them."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -162,6 +176,19 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
             f"headrace_kernels.cpu.{stem}",
             invariant_on=("cpu",),
             declines=functools.partial(_native_cpu, stem),
+        ),
+        *(
+            [
+                Candidate(
+                    "cublas",
+                    f"headrace_kernels.cublas.{stem}",
+                    invariant_on=(),
+                    declines=functools.partial(_cublas, stem),
+                    unverified=functools.partial(_unverified, "cublas", stem),
+                )
+            ]
+            if stem in CUBLAS_STEMS
+            else []
         ),
         Candidate(
             "triton",

@@ -30,7 +30,7 @@ def reason_unverified(candidate: str, stem: str, arch: str) -> str | None:
 
 
 def source_hash(candidate: str, stem: str) -> str:
-    """Of headrace_kernels/<candidate>/<stem>.py and what it imports of its folder.
+    """Of <candidate>/<stem>.py and of what it imports of that folder and of triton/.
 
     Of "cuda" also of what the built kernels were compiled from.
     """
@@ -63,9 +63,10 @@ def _sources(path: Path, found: set[Path]) -> set[Path]:
         return found
     found.add(path)
     for name in _imported(path):
-        prefix = f"headrace_kernels.{path.parent.name}."
-        if name.startswith(prefix):
-            _sources(path.parent / f"{name.removeprefix(prefix).split('.')[0]}.py", found)
+        package, _, rest = name.partition(".")
+        folder, _, module = rest.partition(".")
+        if package == PACKAGE.name and folder in (path.parent.name, "triton"):
+            _sources(PACKAGE / folder / f"{module.split('.')[0]}.py", found)
     return found
 
 

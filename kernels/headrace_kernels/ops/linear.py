@@ -15,7 +15,7 @@ def linear(
     """out = x @ weight.T + bias, accumulated in fp32.
 
     A batch-invariant kernel computes a row to the same bits in every batch whose T is a multiple
-    of 8, to which callers pad; the native one does so for every T.
+    of 8, to which callers pad; the native one and Triton's do so for every T.
 
     Args:
         x: [T, In], float32, bfloat16 or float16.

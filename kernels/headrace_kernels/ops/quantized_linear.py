@@ -32,7 +32,10 @@ def quantized_linear(
     16 bits: the products of integers and bf16 are exact in fp32, and so are those of inputs that
     share a scale added up before it is applied.
 
-    A row's bits depend on that row only, for every T.
+    `activation_bits` is the least that a kernel keeps: those of a GPU keep 16 where 8 are asked for.
+    Its product for many tokens, cublas/, also rounds the weights to bf16.
+
+    A row's bits depend on that row only, for every T, unless the kernel is not batch invariant.
 
     Args:
         x: [T, In], float32 or bfloat16.
@@ -40,7 +43,7 @@ def quantized_linear(
         fmt: one of packed_format.FORMATS; with 8 bits one whose scales are fp16.
         bias: [Out] float32 or bfloat16, or None.
         out: [T, Out] float32 or bfloat16.
-        activation_bits: 8 or 16.
+        activation_bits: 8 or 16, at least.
     """
     _check_packed(weight, fmt)
     if activation_bits not in ACTIVATION_BITS or (activation_bits == 8 and fmt.scale_bits == 32):
@@ -61,7 +64,11 @@ def quantized_linear(
 
 
 def quantized_embedding(token_ids: Tensor, weight: Tensor, fmt: PackedFormat) -> Tensor:
-    """Rows of packed weights: token_ids [T] int64 -> [T, In] float32."""
+    """Rows of packed weights: token_ids [T] int64 -> [T, In] float32.
+
+    A token outside of the table is an IndexError or RuntimeError on a CPU; on a GPU, which cannot
+    raise without waiting, its row is NaN.
+    """
     _check_packed(weight, fmt)
     if token_ids.ndim != 1 or token_ids.dtype != torch.int64:
         raise ValueError(f"token_ids must be int64 [T], not {token_ids.dtype} {token_ids.shape}")

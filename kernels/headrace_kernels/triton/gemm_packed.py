@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from headrace_kernels.packed_format import COLUMNS, GROUP, PackedFormat
+from headrace_kernels.triton.builds import Build
+
+DEQUANTIZE_GROUPS = 8
 
 _NIBBLES = """{{
     .reg .b32 nibbles, exponent, one, zero;
@@ -167,6 +171,41 @@ def sum_of_groups(total):
     even, odd = tl.split(pairs)
     first, second = tl.split(tl.permute(even + odd, (1, 2, 0)))
     return first + second
+
+
+@triton.jit(do_not_specialize=["groups"])
+def dequantize_kernel(
+    weight, out, groups,
+    BITS: tl.constexpr, HAS_MINIMUM: tl.constexpr, PARTS: tl.constexpr, SCALE_BITS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """GROUPS of 32 inputs of the 16 outputs of a block."""
+    column = tl.arange(0, COLUMNS)[:, None, None]
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :, None]
+    records = weight + (tl.program_id(0).to(tl.int64) * groups + g) * BLOCK_BYTES
+    weights = load_weights(
+        records, column, g < groups, BITS, HAS_MINIMUM, PARTS, SCALE_BITS, INPUTS, COLUMNS
+    )
+    rows = tl.program_id(0).to(tl.int64) * COLUMNS + column
+    at = out + (rows * groups + g) * INPUTS + tl.arange(0, INPUTS)[None, None, :]
+    tl.store(at, weights.to(out.dtype.element_ty), g < groups)
+
+
+def dequantize(weight: Tensor, fmt: PackedFormat, out: Tensor) -> None:
+    """out = the weights of a packed tensor, rounded. out: [16 * blocks, In], contiguous."""
+    blocks, groups, _ = weight.shape
+    dequantize_kernel[(blocks, triton.cdiv(groups, DEQUANTIZE_GROUPS))](
+        weight, out, groups, **format_constants(fmt), GROUPS=DEQUANTIZE_GROUPS, num_warps=4
+    )
+
+
+def dequantize_build(fmt: PackedFormat) -> Build:
+    return Build(
+        name="whole weights",
+        kernel=dequantize_kernel,
+        types={"weight": "*u8", "out": "*bf16", "groups": "i32"},
+        constants={**format_constants(fmt), "GROUPS": DEQUANTIZE_GROUPS},
+    )
 
 
 def format_constants(fmt: PackedFormat) -> dict[str, int | bool]:

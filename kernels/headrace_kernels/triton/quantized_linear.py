@@ -6,7 +6,7 @@ memory to shared memory as they are, and from there into the registers of the te
 operand, where under one and a half instructions make a weight bf16. Weights stay integers and sums
 of their products are scaled in fp32: exact, as the op says, and cheaper than scaling weights as
 long as tokens are few. For many tokens, where arithmetic counts, this is slower than a dense
-product: cublas/quantized_linear.py.
+product: cublas/quantized_linear.py has one.
 
 A program has GROUPS of 32 inputs at once, each a product of its own (a batch of the tensor core's
 instruction) with its own fp32 sums; those are added at the end of a part of K, pairwise. That and
@@ -26,6 +26,7 @@ from headrace_kernels.packed_format import COLUMNS, GROUP, PackedFormat
 from headrace_kernels.triton.builds import Build
 from headrace_kernels.triton.gemm_packed import (
     add_groups,
+    dequantize_build,
     format_constants,
     load_weights,
     scale_and_minimum,
@@ -364,6 +365,7 @@ def builds(arch: str) -> Iterator[Build]:
             num_stages=tile.num_stages,
             expects=("cp.async", "mma.sync.aligned.m16n8k16"),
         )
+    yield dequantize_build(MINIMUM)
     yield Build(
         name=f"rows of {describe(MINIMUM)}",
         kernel=quantized_embedding_kernel,
