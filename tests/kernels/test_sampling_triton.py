@@ -47,12 +47,13 @@ def sampled(logits: Tensor, made: dict[str, Tensor]) -> Tensor:
     return out
 
 
-def assert_same(logits: Tensor, made: dict[str, Tensor]) -> None:
+def assert_same(logits: Tensor, made: dict[str, Tensor]) -> Tensor:
     got, expected = sampled(logits, made), torch.full((len(logits),), -7)
     reference.sample_tokens(logits, **made, out=expected)
     for row in (got != expected).nonzero()[:, 0].tolist():
         of_row = {name: column[row].item() for name, column in made.items()}
         raise AssertionError(f"row {row}: {got[row]}, not {expected[row]}; {of_row}")
+    return got
 
 
 @pytest.mark.parametrize("vocab_size", [1, 3, 301])
@@ -105,6 +106,21 @@ def test_fewer_tokens_than_top_k_wants() -> None:
     assert_same(logits, made)
 
 
+def test_logits_that_differ_may_be_equally_likely() -> None:
+    """Divided by the temperature they meet at 0, and the largest of them is not the first."""
+    rows, vocab_size = 6, 50
+    logits = random_logits("tiny", rows, vocab_size, 4)
+    assert (logits.argmax(-1) > 0).all()
+    made = sampling_columns(
+        rows,
+        temperature=100,
+        top_k=torch.tensor([1, 3, 0, 0, 4, 0]),
+        top_p=torch.tensor([1, 1, 1e-6, 0.1, 0.5, 1]),
+        min_p=torch.tensor([0.5, 0, 0, 1, 0, 1]),
+    )
+    assert_same(logits, made)
+
+
 def test_nearly_equal_scores() -> None:
     """Every token scores about the same: the rough noise must not decide between them."""
     rows, vocab_size = 4, 24
@@ -121,8 +137,7 @@ def test_borders_of_the_nucleus_are_exact() -> None:
     """Equal tokens, and a top_p that ends between two of them, or just behind."""
     border = torch.tensor(3 / 8)
     top_p = torch.stack((border, torch.nextafter(border, torch.tensor(1.0)))).repeat(4)
-    got = sampled(torch.zeros(8, 8), made := sampling_columns(8, top_p=top_p))
-    assert_same(torch.zeros(8, 8), made)
+    got = assert_same(torch.zeros(8, 8), sampling_columns(8, top_p=top_p))
     assert int(got[::2].max()) < 3 and int(got[1::2].max()) < 4
 
 

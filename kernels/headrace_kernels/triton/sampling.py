@@ -22,7 +22,6 @@ token 0 on, and these in one tree.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -67,8 +66,8 @@ from headrace_kernels.triton.sampling_tile import (
 OPTIONS = {"enable_fp_fusion": False}
 """Of every launch: see sampling_tile.py."""
 WARPS, FINISH_WARPS = 8, 16
-VOCABULARIES = (49_152, 128_256, 151_936)
-"""Of SmolLM2, Llama 3 and Qwen3."""
+MIN_SLOTS = 64
+"""Chunks of up to 262,144 tokens: models with fewer share what is compiled."""
 
 
 def declines(facts: KernelFacts) -> str | None:
@@ -134,43 +133,29 @@ def token_logprobs(
 
 
 def builds(arch: str) -> Iterator[Build]:
-    """The shapes of aligned logits; only the number of a row's chunks, rounded up, selects code."""
-    scratch = {"floats": "*fp32", "ints": "*i32"}
-    columns = {
-        "temperatures": "*fp32", "top_ks": "*i32", "top_ps": "*fp32", "min_ps": "*fp32",
-        "seeds": "*i64", "positions": "*i64",
-    }  # fmt: skip
+    """For aligned logits of vocabularies up to 262,144, such as SmolLM2's, Llama's and Qwen3's."""
     logits, sizes = {"logits": "*fp32"}, {"stride": "i32", "vocab": "i32"}
-    logprobs = {"token_ids": "*i64"} | scratch
-    logprobs |= {"logprobs": "*fp32", "top_ids": "*i64", "top_logprobs": "*fp32"}
-
-    def build(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> Build:
-        return Build(
-            name=name, kernel=kernel, types=types, constants=constants, options=OPTIONS,
-            num_warps=FINISH_WARPS if kernel is finish_kernel else WARPS,
+    state, k = {"floats": "*fp32", "ints": "*i32"}, {"k": "i32"}
+    sampled = logits | state | {
+        "temperatures": "*fp32", "top_ks": "*i32", "top_ps": "*fp32", "min_ps": "*fp32",
+        "seeds": "*i64", "positions": "*i64", "sums": "*i64",
+    }  # fmt: skip
+    found = {"token_ids": "*i64", "logprobs": "*fp32", "top_ids": "*i64", "top_logprobs": "*fp32"}
+    slots = {"SLOTS": MIN_SLOTS}
+    wide = slots | {"ALIGNED": True, "GROUP_SLOTS": MIN_SLOTS * GROUPS.value}
+    scan = logits | state | sizes
+    for name, kernel, types, constants, warps in (
+        ("scan", scan_kernel, scan, {"ALIGNED": True, "WITH_SUM": False}, WARPS),
+        ("scan and sum", scan_kernel, scan, {"ALIGNED": True, "WITH_SUM": True}, WARPS),
+        ("draw", draw_kernel, sampled | sizes, wide, WARPS),
+        ("finish", finish_kernel, sampled | sizes | {"out": "*i64"}, slots, FINISH_WARPS),
+        ("list", list_kernel, scan | k, wide, WARPS),
+        ("logprobs", logprobs_kernel, scan | k | found, slots, WARPS),
+    ):
+        yield Build(
+            name=name, kernel=kernel, types=types, constants=constants, num_warps=warps,
+            options=OPTIONS,
         )  # fmt: skip
-
-    for with_sum in (False, True):
-        flags = {"ALIGNED": True, "WITH_SUM": with_sum}
-        yield build(f"scan sum={with_sum}", scan_kernel, logits | scratch | sizes, flags)
-    for vocab_size in VOCABULARIES:
-        slots = {"SLOTS": _slots(vocab_size)}
-        group_slots = slots | {"GROUP_SLOTS": slots["SLOTS"] * GROUPS.value}
-        all_of = logits | columns | scratch | {"sums": "*i64"}
-        k = {"k": "i32"}
-        yield build(
-            f"draw V={vocab_size}", draw_kernel, all_of | sizes, {"ALIGNED": True} | group_slots
-        )
-        yield build(
-            f"finish V={vocab_size}", finish_kernel, all_of | {"out": "*i64"} | sizes, slots
-        )
-        yield build(
-            f"list V={vocab_size}", list_kernel, logits | scratch | sizes | k,
-            {"ALIGNED": True} | group_slots,
-        )  # fmt: skip
-        yield build(
-            f"logprobs V={vocab_size}", logprobs_kernel, logits | logprobs | sizes | k, slots
-        )
 
 
 def _with_unit_stride(logits: Tensor) -> Tensor:
@@ -184,7 +169,7 @@ def _is_aligned(logits: Tensor) -> bool:
 
 def _slots(vocab_size: int) -> int:
     """The chunks of a row, rounded up to a power of two."""
-    return triton.next_power_of_2(triton.cdiv(vocab_size, CHUNK.value))
+    return max(MIN_SLOTS, triton.next_power_of_2(triton.cdiv(vocab_size, CHUNK.value)))
 
 
 def _memory(rows: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from headrace_kernels.triton.sampling_row import (
 )
 from headrace_kernels.triton.sampling_tile import (
     CHUNK,
+    LEAST_SCORE,
     MAX_KEY,
     NO_TOKEN,
     best_scored,
@@ -86,10 +87,15 @@ def _mass_before(values, tokens, listed, size, bests, best, temperature, cut_key
 @triton.jit
 def _draw_before(
     values, tokens, listed, size, bests, best, best_token, temperature, cut_key, cut_token,
-    least, seed, position, first,
+    min_p, seed, position, first,
 ):  # fmt: skip
     """The token of the best score among those ranked before a key and a token."""
-    score, drawn = first, best_token
+    # Scaled logits can be equal where logits are not, and the largest logit then be cut. Any token
+    # as likely beats this score.
+    survives = precedes(0, best_token, cut_key, cut_token)
+    score = tl.where(survives, first, LEAST_SCORE)
+    drawn = tl.where(survives, best_token, NO_TOKEN)
+    least = least_that_wins(score, min_p)
     for start in range(0, size, TILE):
         nearest = scaled_of(tl.load(bests + start // CHUNK), best, temperature)
         if listed | ((nearest >= least) & (key_of(nearest) <= cut_key)):
@@ -154,7 +160,7 @@ def _random_token(
         drawn = _drawn_of_chunks(floats, ints, chunks, SLOTS)
         total = tl.sum(tl.load(sums + slot, mask=slot < chunks, other=0), 0)
     seed, position, first = first_score(seeds, positions, row, best_token)
-    least = least_that_wins(first, tl.load(min_ps + row))
+    min_p = tl.load(min_ps + row)
     # With a cut of top_k: draw, weigh all before the cut, weigh all before the drawn one. Then, and
     # without one, draw and weigh again as long as the drawn one is beyond the nucleus.
     to_draw, going = limited, limited | (top_p < 1)
@@ -162,7 +168,7 @@ def _random_token(
         if to_draw:
             drawn = _draw_before(
                 values, tokens, listed, size, floats, best, best_token, temperature,
-                cut_key, cut_token, least, seed, position, first,
+                cut_key, cut_token, min_p, seed, position, first,
             )  # fmt: skip
         going = top_p < 1
         if going:

@@ -90,7 +90,7 @@ def best_of_row(floats, ints, chunks, SLOTS: tl.constexpr):
 
 @triton.jit
 def first_score(seeds, positions, row, best_token):
-    """(seed, position, the score of the row's likeliest token, which every filter leaves)."""
+    """(seed, position, the score of the row's likeliest token)."""
     seed, position = tl.load(seeds + row), tl.load(positions + row)
     return seed, position, noise_of(words_of(seed, position, best_token))
 

@@ -29,9 +29,10 @@ _EXPONENT_OF_UNIT = tl.constexpr(127 + reference.MASS_BITS)
 # Added and taken away again, it rounds to an integer: ties go to the even one.
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)
 
-# Noise is at most this, and a token this far below the best of its row cannot win. Both are a
-# little wider than the truth.
+# Noise is at most this; the scores of the likeliest tokens are more than that; and a token that far
+# below the best of its row cannot win. All a little wider than the truth.
 _LARGEST_NOISE = tl.constexpr(reference.GUMBEL_MAX + 1e-3)
+LEAST_SCORE = tl.constexpr(reference.GUMBEL_MIN - 0.25)
 HOPELESS = tl.constexpr(reference.HOPELESS - 0.5)
 NO_MASS = tl.constexpr(-(reference.MASS_BITS + 2) * math.log(2))
 """Scaled logits below weigh nothing: less than a quarter of a unit."""
@@ -150,7 +151,12 @@ def best_scored(scaled, tokens, kept, words, score, token):
 
 @triton.jit
 def digit_of_rank(histogram, rank):
-    """(the bin that holds the rank-th, counted from 1; how many are in the bins before it)."""
-    reached = tl.cumsum(histogram, 0)
-    digit = tl.sum((reached < rank).to(tl.int32), 0)
-    return digit, tl.max(tl.where(reached < rank, reached, 0), 0)
+    """(the bin of 256 that holds the rank-th, from 1; how many are in the bins before it)."""
+    place = tl.arange(0, 256)
+    digit, before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
+    for step in range(8):
+        trial = digit | (128 >> step)
+        below = tl.sum(tl.where(place < trial, histogram, 0), 0)
+        digit = tl.where(below < rank, trial, digit)
+        before = tl.where(below < rank, below, before)
+    return digit, before
