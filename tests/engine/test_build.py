@@ -8,10 +8,12 @@ import pytest
 import torch
 from tests.engine.fake_cuda import FakeDevice, fake_kernels
 
+from headrace import cli
 from headrace.config import CacheOptions, DeviceOptions, EngineConfig, ModelOptions
 from headrace.engine import build, plan
 from headrace.engine.build import build_engine
 from headrace.engine.memory import MemoryBudget
+from headrace.engine.resolution import Hardware
 from headrace.errors import ConfigError
 from headrace_kernels import dispatch
 
@@ -89,3 +91,22 @@ def test_an_engine_on_a_gpu_measures_its_memory(checkpoint, monkeypatch, caplog,
         assert engine._runner.graphs.captured == [256] and num_graphs == 20
     else:
         assert "without CUDA graphs: the references of activation, attention" in caplog.text
+
+
+def test_the_plan_of_a_gpu_shows_how_its_memory_is_shared_out(checkpoint, monkeypatch, capsys):
+    gpu = Hardware(
+        device="cuda:0",
+        name="a GPU",
+        cores=2,
+        memory_bytes=3 << 29,
+        total_bytes=2 << 30,
+        has_bf16=True,
+    )
+    monkeypatch.setattr(plan, "probe", lambda device: gpu)
+    assert cli.main(["plan", str(checkpoint), "--dtype", "bfloat16"]) == 0
+    shown = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "2.00 GiB" in shown["GPU memory"] and "90% of it" in shown["GPU memory"]
+    assert "512 MiB" in shown["in use"]
+    for name in ("activations", "graphs"):
+        assert "estimate; measured when the model is loaded" in shown[name]
+    assert "what is left, as estimated" in shown["KV cache"]
