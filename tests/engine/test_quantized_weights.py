@@ -185,6 +185,10 @@ def test_the_plan_shows_the_scheme_and_its_bytes(
     shown = capsys.readouterr().out
     assert "awq int4, groups of 32" in shown
     assert "quantized weights as they are" in shown
+    assert cli.main(["plan", str(folder), "--device", "cpu", "--weights", "dense"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "awq int4, groups of 32" in shown
+    assert "dequantized to" in shown and ": --weights dense" in shown
 
 
 def test_a_gpu_keeps_what_its_kernels_take() -> None:

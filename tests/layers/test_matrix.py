@@ -145,3 +145,10 @@ def test_without_a_method_all_is_dense() -> None:
     matrix, dense = read([part(32, Q4), part(9, Q4)], None)
     assert not matrix.stored and matrix.dense is not None
     assert torch.equal(matrix.dense, dense)
+
+
+def test_rows_that_are_looked_up_are_not_kept_for_products_only() -> None:
+    context = read([part(1, None)], None)[0]._context
+    table, stored = Matrix(20, INNER, context, is_table=True), part(20, E4M3)
+    table.slot().read(stored, Method())
+    assert table.dense is not None and torch.equal(table.dense, stored.dense)

@@ -21,6 +21,12 @@ def test_block_sizes_are_those_of_the_gguf_package() -> None:
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=lambda q: q.name)
+def test_blocks_are_decoded_on_the_device_they_are_on(quantization: Quantization) -> None:
+    blocks = torch.empty(3, quantization.block_bytes, dtype=torch.uint8, device="meta")
+    assert dequantize(blocks, quantization.name).is_meta
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=lambda q: q.name)
 def test_random_blocks_dequantize_bit_for_bit(
     quantization: Quantization, rng: np.random.Generator
 ) -> None:

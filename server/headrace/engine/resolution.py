@@ -270,6 +270,8 @@ def _weights(
     }[weights]
     weight_bytes = (model.num_parameters - kept) * DTYPE_BYTES[dtype] + kept_bytes
     pick.why["weight_bytes"] = f"parameters in {dtype}"
+    if not kept and (model.packed_parameters or model.scaled_parameters):
+        pick.why["weight_bytes"] = f"dequantized to {dtype}: {pick.why['weights']}"
     if kept:
         rounded = config.model_options.quantization
         what = "quantized weights as they are" if rounded == "auto" else f"layers in {rounded}"

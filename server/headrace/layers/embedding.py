@@ -22,7 +22,7 @@ class Embedding(nn.Module):
         context: LayerContext,
     ) -> None:
         super().__init__()
-        self.weight = Matrix(vocab_size, hidden_size, context)
+        self.weight = Matrix(vocab_size, hidden_size, context, is_table=True)
         self._context = context
 
     def forward(self, token_ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from headrace.layers.context import LayerContext
 from headrace.layers.stored_rows import Rows, StoredRows, allocate, part_of, rows_per_unit
 from headrace.layers.weights import WeightTensor
-from headrace.quantization.method import Format, QuantMethod
+from headrace.quantization.method import Format, QuantMethod, ScaledFormat
 from headrace_kernels.packed_format import PackedFormat
 
 TORCH_ROW_MULTIPLE = 8
@@ -26,8 +26,17 @@ class Matrix(nn.Module):
     with a unit of it. Neighbours of one format are one product.
     """
 
-    def __init__(self, out_features: int, in_features: int, context: LayerContext) -> None:
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        context: LayerContext,
+        *,
+        is_table: bool = False,
+    ) -> None:
+        """`is_table`: its rows are looked up, so that they are not kept for products only."""
         super().__init__()
+        self._is_table = is_table
         self.out_features, self.in_features = out_features, in_features
         self.dense: nn.Parameter | None = None
         self.stored: list[StoredRows] = []
@@ -75,12 +84,14 @@ class Matrix(nn.Module):
             self._kernels.embedding(indices, self.dense, out)
             return
         (rows,) = self.stored  # a table of embeddings is one tensor
-        assert isinstance(rows.fmt, PackedFormat), "8-bit rows are kept for products only"
+        assert isinstance(rows.fmt, PackedFormat)
         self._kernels.quantized_embedding(indices, rows.tensors[0], rows.fmt, out)
 
     def read(self, begin: int, end: int, tensor: WeightTensor, method: QuantMethod | None) -> None:
         """Read the rows [begin, end)."""
         fmt = method.format_of(tensor) if method is not None else None
+        if self._is_table and isinstance(fmt, ScaledFormat):
+            fmt = None
         if method is None or fmt is None or self.dense is not None:
             tensor.read_into(self._as_dense()[begin:end])
             return

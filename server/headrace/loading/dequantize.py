@@ -30,14 +30,14 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 def _bits(packed: Tensor, width: int, count: int) -> Tensor:
     """[n, g, w] bytes -> [n, g * count, w]: field i is bits [i*width, (i+1)*width) of each byte."""
-    shifts = torch.arange(count, dtype=torch.uint8).mul_(width).view(1, 1, count, 1)
-    fields = (packed.unsqueeze(2) >> shifts) & ((1 << width) - 1)
+    shifts = torch.arange(count, dtype=torch.uint8, device=packed.device).mul_(width)
+    fields = (packed.unsqueeze(2) >> shifts.view(1, 1, count, 1)) & ((1 << width) - 1)
     return fields.flatten(1, 2)
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
     """The 32 high bits at byte `at`, little endian, as [n, 32] values 0 or 16."""
-    shifts = torch.arange(8, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
     bits = (blocks[:, at : at + 4].unsqueeze(-1) >> shifts) & 1
     return bits.flatten(1) << 4
 

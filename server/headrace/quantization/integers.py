@@ -88,7 +88,10 @@ def dequantize(name: str, scheme: Scheme, parts: Parts) -> Tensor:
         rows, scale = _rows_and_scale(name, scheme, parts)
         if scheme.of_blocks:
             scale = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return rows.float() * scale[: rows.shape[0], : rows.shape[1]]
+        dense = rows.float().mul_(scale[: rows.shape[0], : rows.shape[1]])
+        if dense.sum().isnan():
+            raise _nan(name)
+        return dense
     values, scale, zero = unpacked(name, scheme, parts)
     group = _group_of_input(name, scheme, parts, values.shape[1])
     zero = zero if zero.shape[1] == 1 else zero[:, group]
@@ -129,15 +132,14 @@ def read_rows(name: str, scheme: Scheme, parts: Parts, weight: Tensor, scale: Te
     """8-bit rows as they are stored, and their scales; one of a tensor becomes one a row."""
     rows, found = _rows_and_scale(name, scheme, parts)
     weight.copy_(rows)
+    if weight.dtype == torch.float8_e4m3fn and (weight.view(torch.uint8) & 0x7F).amax() == 0x7F:
+        raise _nan(name)
     scale.copy_(found)
 
 
 def _rows_and_scale(name: str, scheme: Scheme, parts: Parts) -> tuple[Tensor, Tensor]:
     loaded = {key: part.load() for key, part in parts.items()}
-    rows = loaded["weight"]
-    if rows.dtype == torch.float8_e4m3fn and (rows.view(torch.uint8) & 0x7F).eq(0x7F).any():
-        raise CheckpointError(f"Tensor {name} has values that are NaN: download the file again.")
-    scale = _scale_of(loaded)
+    rows, scale = loaded["weight"], _scale_of(loaded)
     _check_finite(name, scale)
     return rows, scale if scheme.of_blocks else _column(scale, len(rows))
 
@@ -192,3 +194,7 @@ def _check_finite(name: str, scale: Tensor) -> None:
             f"Tensor {name} has a scale that is not finite, or too large for {scale.dtype}. "
             "The file is corrupt: download it again."
         )
+
+
+def _nan(name: str) -> CheckpointError:
+    return CheckpointError(f"Tensor {name} has values that are NaN: download the file again.")
