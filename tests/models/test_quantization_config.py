@@ -81,6 +81,7 @@ ACTIVATIONS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tok
         (gptq_config(bits=3), r"GPTQ weights of 3 bits \('bits'\).*one of 4 or 8 bits"),
         (gptq_config(16), "a 'group_size' of 16 is not supported. Use a multiple of 32"),
         (gptq_config(checkpoint_format="marlin"), "'checkpoint_format' 'marlin'.*gptq_v2"),
+        (gptq_config(is_marlin_format=True), "'checkpoint_format' 'marlin'"),
         (gptq_config(dynamic={"x": {"bits": 8}}), r"other bits in some layers \('dynamic'\)"),
         (awq_config(bits=8), "AWQ weights of 8 bits"),
         (awq_config(version="gemv"), "AWQ's 'version' 'gemv' is not supported. Use .* gemm"),

@@ -38,6 +38,8 @@ def _gptq(section: Fields) -> Scheme:
     if bits not in (4, 8):
         _refuse(f"GPTQ weights of {bits} bits ('bits') are not supported", "one of 4 or 8 bits")
     checkpoint_format = section.text("checkpoint_format", "gptq")
+    if section.flag("is_marlin_format", False):
+        checkpoint_format = "marlin"
     if checkpoint_format not in ("gptq", "gptq_v2"):
         _refuse(
             f"GPTQ's 'checkpoint_format' {checkpoint_format!r} is not supported", "gptq or gptq_v2"
