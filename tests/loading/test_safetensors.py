@@ -74,6 +74,38 @@ def test_reads_into_a_strided_slice(tmp_path: Path) -> None:
     assert (fused[:, :2] == -1).all() and (fused[:, 8:] == -1).all()
 
 
+def test_integers_and_8_bit_floats_are_loaded_as_they_are(tmp_path: Path) -> None:
+    bits = torch.arange(256, dtype=torch.uint8)
+    tensors = {
+        "I8": bits.view(torch.int8),
+        "U8": bits.view(16, 16),
+        "I32": bits.view(torch.int32),
+        "I64": torch.tensor([3, -4]),
+        "F8_E4M3": bits.view(torch.float8_e4m3fn),
+        "F8_E8M0": bits.view(torch.float8_e8m0fnu),
+        "BF16": torch.tensor(1.5, dtype=torch.bfloat16),
+        "F32": torch.empty(0, 4),
+    }
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (file,) = open_safetensors(tmp_path)
+    assert {tensor.name: tensor.dtype for tensor in file.tensors} == {
+        name: name for name in tensors
+    }
+    for tensor in file.tensors:
+        expected, loaded = tensors[tensor.name], tensor.load()
+        assert (loaded.dtype, loaded.shape) == (expected.dtype, expected.shape)
+        assert loaded.flatten().view(torch.uint8).equal(expected.flatten().view(torch.uint8))
+        elsewhere = tensor.load(torch.device("meta"))
+        assert elsewhere.is_meta and elsewhere.shape == expected.shape
+
+
+def test_types_that_torch_lacks_are_refused_when_loaded(write: Callable[[bytes], Path]) -> None:
+    file = SafetensorsFile(write(file_bytes({"w": row("U16", (2,), (0, 4))}, b"1234")))
+    with pytest.raises(CheckpointError, match="'w' is stored as U16, which is not supported"):
+        file.tensors[0].load()
+
+
 def test_other_types_are_listed_and_refused_when_read(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3, dtype=torch.int64)}, tmp_path / "model.safetensors")
     (file,) = open_safetensors(tmp_path)

@@ -60,9 +60,14 @@ class SafetensorsTensor:
         """Whether `read_into` takes its stored type."""
         return self.dtype in _READABLE
 
-    def load(self) -> torch.Tensor:
-        """A copy in the stored type, on the CPU. Raises CheckpointError for a type torch lacks."""
+    def load(self, device: torch.device | None = None) -> torch.Tensor:
+        """A copy in the stored type, by default on the CPU.
+
+        Raises CheckpointError for a type that torch lacks.
+        """
         import torch
+
+        from headrace.loading.streaming import bytes_on
 
         if self.dtype not in _LOADABLE:
             raise CheckpointError(
@@ -70,10 +75,7 @@ class SafetensorsTensor:
                 f"supported. Use a checkpoint in {', '.join(_LOADABLE)}."
             )
         dtype = getattr(torch, _LOADABLE[self.dtype])
-        if self.nbytes == 0:
-            return torch.empty(self.shape, dtype=dtype)
-        # A fresh bytearray: torch needs a writable, aligned buffer, the mapped file is neither.
-        return torch.frombuffer(bytearray(self.raw), dtype=dtype).view(self.shape)
+        return bytes_on(device or torch.device("cpu"), self.raw).view(dtype).view(self.shape)
 
     def read_into(self, out: torch.Tensor) -> None:
         """Convert into `out` in place: the same shape, any float dtype, strides and device.

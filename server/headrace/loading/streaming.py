@@ -5,6 +5,7 @@ Shared by the formats; knows neither names nor files.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -55,9 +56,7 @@ def stream_into(
     step = max(1, piece_values // row_values)
     for start in range(0, rows, step):
         target = out[start : start + step]
-        # A fresh bytearray: torch needs a writable, aligned buffer, the mapped file is neither.
-        piece = bytearray(raw[start * row_bytes : (start + step) * row_bytes])
-        stored = torch.frombuffer(piece, dtype=torch.uint8).to(out.device)
+        stored = bytes_on(out.device, raw[start * row_bytes : (start + step) * row_bytes])
         blocks = stored.view(-1, block_bytes)
         values = decode(blocks).view(target.shape)
         target.copy_(values)
@@ -65,6 +64,18 @@ def stream_into(
         # overflow: only then are the values looked at.
         if not target.sum().isfinite() and not target.isfinite().all():
             _refuse_values(values, out.dtype, what)
+
+
+def bytes_on(device: torch.device, raw: memoryview) -> torch.Tensor:
+    """A copy of mapped bytes, aligned and writable: uint8, one dimension."""
+    if len(raw) == 0:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        # That it must not be written; it is only copied, and once less than through a bytearray.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(raw, dtype=torch.uint8).to(device)
 
 
 def _refuse_values(values: torch.Tensor, dtype: torch.dtype, what: str) -> NoReturn:

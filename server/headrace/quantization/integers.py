@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class StoredPart(Protocol):
-    def load(self) -> Tensor: ...
+    def load(self, device: torch.device | None = None) -> Tensor: ...
 
 
 Parts = Mapping[str, StoredPart]
@@ -50,7 +50,7 @@ def unpacked(name: str, scheme: Scheme, parts: Parts, device: torch.device = CPU
     order of inputs that are not what the scheme says.
     """
     bits = scheme.bits
-    loaded = {key: part.load().to(device) for key, part in parts.items() if key != "weight_shape"}
+    loaded = {key: part.load(device) for key, part in parts.items() if key != "weight_shape"}
     zeros: Tensor | None = None
     if scheme.layout == "gptq":
         values = _unpack(loaded["qweight"].t(), bits)
@@ -85,7 +85,7 @@ def unpacked(name: str, scheme: Scheme, parts: Parts, device: torch.device = CPU
 def dequantize(name: str, scheme: Scheme, parts: Parts) -> Tensor:
     """The weights of a quantized layer: [Out, In] float32, on the CPU."""
     if scheme.layout == "rows":
-        rows, scale = _rows_and_scale(name, scheme, parts)
+        rows, scale = _rows_and_scale(name, scheme, parts, CPU)
         if scheme.of_blocks:
             scale = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
         dense = rows.float().mul_(scale[: rows.shape[0], : rows.shape[1]])
@@ -130,15 +130,17 @@ def pack_integers(
 
 def read_rows(name: str, scheme: Scheme, parts: Parts, weight: Tensor, scale: Tensor) -> None:
     """8-bit rows as they are stored, and their scales; one of a tensor becomes one a row."""
-    rows, found = _rows_and_scale(name, scheme, parts)
+    rows, found = _rows_and_scale(name, scheme, parts, weight.device)
     weight.copy_(rows)
     if weight.dtype == torch.float8_e4m3fn and (weight.view(torch.uint8) & 0x7F).amax() == 0x7F:
         raise _nan(name)
     scale.copy_(found)
 
 
-def _rows_and_scale(name: str, scheme: Scheme, parts: Parts) -> tuple[Tensor, Tensor]:
-    loaded = {key: part.load() for key, part in parts.items()}
+def _rows_and_scale(
+    name: str, scheme: Scheme, parts: Parts, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    loaded = {key: part.load(device) for key, part in parts.items()}
     rows, scale = loaded["weight"], _scale_of(loaded)
     _check_finite(name, scale)
     return rows, scale if scheme.of_blocks else _column(scale, len(rows))

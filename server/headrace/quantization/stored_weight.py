@@ -13,6 +13,7 @@ from headrace.quantization.method import BLOCK
 from headrace.quantization.scheme import Scheme
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PARTS = {
@@ -43,7 +44,7 @@ class Part(Protocol):
     shape: tuple[int, ...]
     nbytes: int
 
-    def load(self) -> Tensor: ...
+    def load(self, device: torch.device | None = None) -> Tensor: ...
 
     def read_into(self, out: Tensor) -> None: ...
 
