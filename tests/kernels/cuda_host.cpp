@@ -5,6 +5,7 @@
 #include "headrace/cuda/attention.cuh"
 #include "headrace/cuda/kv_copy.cuh"
 #include "headrace/cuda/quantization.cuh"
+#include "headrace/cuda/quantized_linear.cuh"
 
 using namespace headrace::cuda;
 
@@ -87,6 +88,74 @@ void quantize(int x_code, int out_code, const void* x, void* out, float* scale, 
             });
         });
     });
+}
+
+int shared_memory_of_attention(int head_dim, int cache_code, int group) {
+    if (head_dim == 64) {
+        return cache_code == 1 ? DecodeMemory<64, bf16>::bytes(group)
+                               : DecodeMemory<64, int8_t>::bytes(group);
+    }
+    return cache_code == 1 ? DecodeMemory<128, bf16>::bytes(group)
+                           : DecodeMemory<128, int8_t>::bytes(group);
+}
+
+struct LinearArguments {
+    const void* x;
+    const uint8_t* weight;
+    const void* bias;
+    void* out;
+    float* partials;
+    int64_t tokens;
+    // tiles: 1 or 2 of few tokens, or 4.
+    int groups, outputs, code, tiles, splits, bias_is_bf16, out_is_bf16;
+};
+}
+
+namespace {
+
+template <class F>
+void multiply(const LinearArguments& a, int schedule) {
+    const Linear p = {static_cast<const bf16*>(a.x),
+                      a.weight,
+                      static_cast<const float*>(a.bias),
+                      a.out,
+                      int64_t{a.groups} * GROUP,
+                      a.outputs,
+                      a.tokens,
+                      a.groups,
+                      a.outputs,
+                      a.bias_is_bf16 != 0,
+                      a.out_is_bf16 != 0,
+                      a.splits > 1 ? a.partials : nullptr};
+    const int outputs = a.tiles < WIDE_TILES ? OUTPUTS : OUTPUTS * LINEAR_WARPS;
+    const int tokens = a.tiles * TILE_TOKENS;
+    const auto launch = [&](const std::function<void()>& kernel) {
+        host::launch({static_cast<unsigned>((a.outputs + outputs - 1) / outputs),
+                      static_cast<unsigned>((a.tokens + tokens - 1) / tokens),
+                      static_cast<unsigned>(a.splits)},
+                     LINEAR_THREADS, LINEAR_MEMORY<F>, kernel, schedule_of(schedule));
+    };
+    if (a.tiles == 1) launch([&] { packed_linear<F, 1>(p); });
+    if (a.tiles == 2) launch([&] { packed_linear<F, 2>(p); });
+    if (a.tiles == 4) launch([&] { packed_linear_wide<F>(p); });
+    if (a.splits == 1) return;
+    const int64_t size = a.tokens * a.outputs;
+    host::launch({static_cast<unsigned>((size + LINEAR_THREADS - 1) / LINEAR_THREADS), 1, 1},
+                 LINEAR_THREADS, 0, [&] { add_lanes(p); }, schedule_of(schedule));
+}
+
+}  // namespace
+
+extern "C" {
+
+// The bytes of shared memory that the kernel takes, or 0 if there is none.
+int linear(const LinearArguments* a, int schedule) {
+    int bytes = 0;
+    with_packed_format(a->code, [&](auto format) {
+        multiply<decltype(format)>(*a, schedule);
+        bytes = LINEAR_MEMORY<decltype(format)>;
+    });
+    return bytes;
 }
 
 struct AttentionArguments {

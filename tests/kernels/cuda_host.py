@@ -24,6 +24,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8
 SCHEDULES = range(6)
 """Threads ascending, descending, at random; asynchronous copies as late or as early as allowed."""
 
+SHARED_LIMIT = 163 << 10
+"""Bytes a block of sm_80, the least that these kernels are built for."""
+
 
 def code_of(dtype: torch.dtype) -> int:
     return DTYPES.index(dtype)

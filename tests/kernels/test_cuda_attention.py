@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from tests.kernels.cuda_host import SCHEDULES, code_of, library
+from tests.kernels.cuda_host import SCHEDULES, SHARED_LIMIT, code_of, library
 from torch import Tensor
 
 from headrace_kernels.kv_format import from_pages, to_pages, values_and_scales
@@ -235,3 +235,12 @@ def test_neither_splits_nor_blocks_nor_company_change_a_bit(cache_dtype: torch.d
 def test_more_requests_than_a_block_plans_at_once() -> None:
     lengths = [(1, 1 + 7 * i % 40) if i % 3 else (0, 5) for i in range(300)]
     run(Case(lengths=[*lengths, (1, 700)], heads=(1, 1, 64)))
+
+
+@pytest.mark.parametrize(("dim", "dtype", "cache_dtype"), FORMATS)
+def test_shared_memory(dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Every group fits sm_80, and two blocks of the usual ones a multiprocessor of sm_90."""
+    code = 1 if cache_dtype.itemsize == 2 else 3
+    bytes_of = library().shared_memory_of_attention
+    assert all(bytes_of(dim, code, group) <= SHARED_LIMIT for group in range(1, 17))
+    assert bytes_of(dim, code, 8) + 1024 <= (228 << 10) // 2

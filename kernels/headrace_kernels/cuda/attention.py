@@ -1,4 +1,4 @@
-"""Attention of requests with one query token by the CUDA C++ kernel; others take other batches.
+"""Attention of requests with one query token by the CUDA C++ kernel; Triton takes other batches.
 
 Each kv head of a chunk of 512 tokens is read once for all its query heads, so time is that of
 reading the cache: 64 requests x 4096 tokens of 8 heads x 128 in bf16 are 1.07 GB, 0.25 ms at 4.3
@@ -12,18 +12,13 @@ preempted and computed again may go on otherwise: this is no candidate of the de
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
 from headrace_kernels.cpu.fallback import log_once
+from headrace_kernels.cuda.fallback import other
 from headrace_kernels.dispatch import KernelFacts
-from headrace_kernels.kernel_set import PagedAttention
-from headrace_kernels.reference import attention as reference
 
 CHUNK = 512
 """Tokens, as in csrc/include/headrace/cuda/attention_plan.cuh."""
@@ -60,17 +55,8 @@ def paged_attention(
             return
         except RuntimeError as refusal:
             log_once("paged_attention", str(refusal))
-    _other_batches()(q, kv_cache, metadata, scale, sliding_window, soft_cap, out)
-
-
-@functools.cache
-def _other_batches() -> PagedAttention:
-    """Triton's kernel, where there is one."""
-    name = "headrace_kernels.triton.attention"
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec(name) is None:
-        return reference.paged_attention
-    attention: PagedAttention = importlib.import_module(name).paged_attention
-    return attention
+    attend = other("attention", "paged_attention")
+    attend(q, kv_cache, metadata, scale, sliding_window, soft_cap, out)
 
 
 def decode(

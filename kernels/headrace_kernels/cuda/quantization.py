@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.cpu.fallback import log_once
+from headrace_kernels.cuda.fallback import other
 from headrace_kernels.dispatch import KernelFacts
-from headrace_kernels.reference import quantization as reference
 
 
 def declines(facts: KernelFacts) -> str | None:
@@ -15,9 +15,9 @@ def declines(facts: KernelFacts) -> str | None:
 
 
 def quantize_rows(x: Tensor, out: Tensor, scale: Tensor) -> None:
-    """See ops/quantization.py. Groups that are no multiple of 8 inputs go to the reference."""
+    """See ops/quantization.py. Groups that are no multiple of 8 inputs go elsewhere."""
     try:
         torch.ops.headrace_cuda.quantize_rows(x, out, scale)
     except RuntimeError as refusal:
         log_once("quantize_rows", str(refusal))
-        reference.quantize_rows(x, out, scale)
+        other("quantization", "quantize_rows")(x, out, scale)

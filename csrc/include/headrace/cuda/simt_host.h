@@ -198,10 +198,10 @@ inline void launch(Dim3 grid, unsigned threads, size_t shared_bytes,
     machine.kernel = &kernel;
     gridDim = grid;
     blockDim = {threads, 1, 1};
-    const unsigned blocks = grid.x * grid.y;
+    const unsigned blocks = grid.x * grid.y * grid.z;
     for (unsigned i = 0; i < blocks; ++i) {
         const unsigned block = schedule.order == Schedule::DESCENDING ? blocks - 1 - i : i;
-        blockIdx = {block % grid.x, block / grid.x, 0};
+        blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
         run_block(threads, shared_bytes, random);
     }
 }
