@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,59 +105,26 @@ def _needs_small_pages(facts: KernelFacts) -> str | None:
     return f"page size {facts.page_size} does not divide its tile of 64 tokens"
 
 
-def _native_cpu(stem: str, facts: KernelFacts) -> str | None:
-    """Why the C++ kernel of this stem cannot run: not here, not built, or its own reasons."""
+def _lacks_native_cpu(stem: str, facts: KernelFacts) -> str | None:
     if facts.device != "cpu":
         return "runs on a CPU only"
-    for op in OPS[stem]:
-        if (reason := native.missing(op)) is not None:
-            return reason
-    try:
-        module = importlib.import_module(f"headrace_kernels.cpu.{stem}")
-    except ModuleNotFoundError:
-        return "not built: it has no Python side"
-    reason = module.declines(facts)
-    assert reason is None or isinstance(reason, str)
-    return reason
+    missing = (native.missing(op) for op in OPS[stem])
+    return next((reason for reason in missing if reason is not None), None)
 
 
-def _triton(stem: str, facts: KernelFacts) -> str | None:
-    """Why the Triton kernel of this stem cannot run: no Triton, no GPU, or its own reasons."""
+def _lacks_triton(stem: str, facts: KernelFacts) -> str | None:
     if facts.device != "cuda" and not interprets_triton():
         return "runs on a GPU only"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    name = f"headrace_kernels.triton.{stem}"
-    if importlib.util.find_spec(name) is None:
-        return "not built: there is none"
-    reason = importlib.import_module(name).declines(facts)
-    assert reason is None or isinstance(reason, str)
-    return reason
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def _cuda(stem: str, facts: KernelFacts) -> str | None:
-    """Why the CUDA C++ kernel of this stem cannot run: no GPU, not built, or its own reasons."""
-    if facts.device != "cuda":
-        return "runs on a GPU only"
-    if (reason := extension.unavailable()) is not None:
-        return reason
-    name = f"headrace_kernels.cuda.{stem}"
-    if importlib.util.find_spec(name) is None:
-        return "not built: there is none"
-    reason = importlib.import_module(name).declines(facts)
-    assert reason is None or isinstance(reason, str)
-    return reason
+def _lacks_cublas(stem: str, facts: KernelFacts) -> str | None:
+    """Few tokens go to Triton's kernels."""
+    return "runs on a GPU only" if facts.device != "cuda" else _lacks_triton(stem, facts)
 
 
-def _cublas(stem: str, facts: KernelFacts) -> str | None:
-    """Why torch's matrix product cannot run beside Triton's."""
-    if facts.device != "cuda":
-        return "runs on a GPU only"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    reason = importlib.import_module(f"headrace_kernels.cublas.{stem}").declines(facts)
-    assert reason is None or isinstance(reason, str)
-    return reason
+def _lacks_cuda(stem: str, facts: KernelFacts) -> str | None:
+    return "runs on a GPU only" if facts.device != "cuda" else extension.unavailable()
 
 
 def interprets_triton() -> bool:
@@ -165,57 +132,53 @@ def interprets_triton() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _unverified(candidate: str, stem: str, facts: KernelFacts) -> str | None:
-    return verified.reason_unverified(candidate, stem, facts.arch)
+def _candidate(
+    name: str,
+    stem: str,
+    lacks: Callable[[str, KernelFacts], str | None],
+    *,
+    invariant_on: tuple[str, ...],
+) -> Candidate:
+    """Of headrace_kernels/<name>/<stem>.py, which also has `declines(facts)`.
+
+    `lacks`: what all modules of the folder need and what is not here.
+    """
+    module = f"headrace_kernels.{name}.{stem}"
+
+    def declines(facts: KernelFacts) -> str | None:
+        if (reason := lacks(stem, facts)) is not None:
+            return reason
+        if importlib.util.find_spec(module) is None:
+            return "there is none"
+        reason = importlib.import_module(module).declines(facts)
+        assert reason is None or isinstance(reason, str)
+        return reason
+
+    def unverified(facts: KernelFacts) -> str | None:
+        return None if name == "cpu" else verified.reason_unverified(name, stem, facts.arch)
+
+    return Candidate(name, module, invariant_on, declines, unverified)
 
 
-CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
-    stem: (
-        Candidate(
-            "cpu",
-            f"headrace_kernels.cpu.{stem}",
-            invariant_on=("cpu",),
-            declines=functools.partial(_native_cpu, stem),
-        ),
-        *(
-            [
-                Candidate(
-                    "cublas",
-                    f"headrace_kernels.cublas.{stem}",
-                    invariant_on=(),
-                    declines=functools.partial(_cublas, stem),
-                    unverified=functools.partial(_unverified, "cublas", stem),
-                )
-            ]
-            if stem in CUBLAS_STEMS
-            else []
-        ),
-        Candidate(
-            "triton",
-            f"headrace_kernels.triton.{stem}",
-            invariant_on=("cpu", "cuda"),
-            declines=functools.partial(_triton, stem),
-            unverified=functools.partial(_unverified, "triton", stem),
-        ),
-        # Behind Triton's until measurements say otherwise: it is asked for by name.
-        Candidate(
-            "cuda",
-            f"headrace_kernels.cuda.{stem}",
-            invariant_on=() if stem == "attention" else ("cuda",),
-            declines=functools.partial(_cuda, stem),
-            unverified=functools.partial(_unverified, "cuda", stem),
-        ),
-        Candidate(
-            "reference",
-            f"headrace_kernels.reference.{stem}",
-            # A copy has no order of sums.
-            invariant_on=("cpu", "cuda") if stem == "kv_copy" else ("cpu",),
-            declines=_needs_small_pages if stem == "attention" else _never,
-        ),
+def _candidates(stem: str) -> Iterator[Candidate]:
+    yield _candidate("cpu", stem, _lacks_native_cpu, invariant_on=("cpu",))
+    if stem in CUBLAS_STEMS:
+        yield _candidate("cublas", stem, _lacks_cublas, invariant_on=())
+    yield _candidate("triton", stem, _lacks_triton, invariant_on=("cpu", "cuda"))
+    # Behind Triton's until measurements say otherwise: it is asked for by name.
+    invariant_on = () if stem == "attention" else ("cuda",)
+    yield _candidate("cuda", stem, _lacks_cuda, invariant_on=invariant_on)
+    yield Candidate(
+        "reference",
+        f"headrace_kernels.reference.{stem}",
+        # A copy has no order of sums.
+        invariant_on=("cpu", "cuda") if stem == "kv_copy" else ("cpu",),
+        declines=_needs_small_pages if stem == "attention" else _never,
     )
-    for stem in OPS
-}
-"""Candidates of each stem, best first. A module cpu/<stem>.py also has `declines(facts)`."""
+
+
+CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {stem: tuple(_candidates(stem)) for stem in OPS}
+"""Candidates of each stem, best first."""
 
 
 def choose(facts: KernelFacts, explicit: Mapping[str, str] | None = None) -> KernelSet:

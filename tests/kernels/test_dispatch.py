@@ -113,12 +113,13 @@ def test_an_unverified_kernel_runs_only_if_it_is_asked_for(
 def test_a_kernel_counts_as_checked_while_its_sources_are_those_that_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "triton"
-    folder.mkdir()
+    package = tmp_path / "headrace_kernels"
+    folder = package / "triton"
+    folder.mkdir(parents=True)
     (folder / "norm.py").write_text("from headrace_kernels.triton.rows import sum_of\n")
     (folder / "rows.py").write_text("sum_of = sum\n")
     (folder / "other.py").write_text("")
-    monkeypatch.setattr(verified, "PACKAGE", tmp_path)
+    monkeypatch.setattr(verified, "PACKAGE", package)
     monkeypatch.setattr(verified, "RECORD", tmp_path / "verified.json")
     monkeypatch.setattr(verified, "_record", functools.cache(verified._record.__wrapped__))
     assert verified.reason_unverified("triton", "norm", "sm_90") == "never run on sm_90"

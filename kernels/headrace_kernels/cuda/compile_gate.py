@@ -82,7 +82,7 @@ def instructions(object_file: Path) -> dict[str, str]:
     triton = importlib.util.find_spec("triton")
     assert triton is not None and triton.origin is not None
     tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [tool, "--dump-sass", object_file]
+    command = [str(tool), "--dump-sass", str(object_file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = (part.split(None, 1) for part in text.split("Function : ")[1:])
     return {name: code for name, code in functions}

@@ -32,8 +32,8 @@ def quantized_linear(
     16 bits: the products of integers and bf16 are exact in fp32, and so are those of inputs that
     share a scale added up before it is applied.
 
-    `activation_bits` is the least that a kernel keeps: those of a GPU keep 16 where 8 are asked for.
-    Its product for many tokens, cublas/, also rounds the weights to bf16.
+    `activation_bits` is the least that a kernel keeps: those of a GPU keep 16 where 8 are asked
+    for. Their product for many tokens, cublas/, also rounds the weights to bf16.
 
     A row's bits depend on that row only, for every T, unless the kernel is not batch invariant.
 
