@@ -5,6 +5,8 @@ Everything but CUDA itself runs: inputs made on the device, graphs, overlap, the
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -182,6 +184,42 @@ def test_preempted_requests_too(checkpoint, logits_of):
     found = logits_of(engine, work, idle_every=3)
     assert engine.stats().preemptions > 0
     assert_same(expected, found)
+
+
+def test_rows_that_stop_or_are_aborted_and_used_again_with_a_step_in_flight(checkpoint, logits_of):
+    """Surplus tokens, last tokens and block tables of one request never reach the next."""
+    stops = tuple(range(0, VOCAB_SIZE, 6))
+    work = [
+        dataclasses.replace(
+            request,
+            sampling=dataclasses.replace(
+                request.sampling, stop_token_ids=stops, min_tokens=0, max_tokens=12
+            ),
+        )
+        for request in requests(9, seed=9, longest=15)
+    ]
+    _, expected = logits_of(cpu_engine(checkpoint), work)
+    last_tokens = [[t for t in found if isinstance(t, int)][-1] for found in expected.values()]
+    assert sum(token in stops for token in last_tokens) >= 4
+    engine = cuda_engine(checkpoint, rows=3)
+    step, aborts = engine.step, iter([None, None, "1", None, None, "4", None, None, "5"])
+    aborted = set()
+
+    def step_and_abort():
+        if (request_id := next(aborts, None)) is not None:
+            aborted.add(request_id)
+            engine.abort(request_id)
+        return step()
+
+    engine.step = step_and_abort
+    _, found = logits_of(engine, work)
+    for key, outputs in expected.items():
+        if key in aborted:
+            assert found[key] == outputs[: len(found[key])]
+        else:
+            assert found[key] == outputs
+    assert any(len(found[key]) < len(expected[key]) for key in aborted)
+    assert engine.stats().kv_blocks_used == 0
 
 
 @pytest.mark.parametrize("limit", [3, 9])
