@@ -40,7 +40,7 @@ from headrace_kernels.triton.gemm_tiles import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ["T", "Out", "in_units", "x_units", "weight_units", "out_units", "parts", "part_inputs"]
+SIZES = ["T", "o_units", "in_units", "x_units", "weight_units", "out_units", "parts", "part_inputs"]
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _product(
 
 @triton.jit(do_not_specialize=SIZES)
 def linear_kernel(
-    x, weight, bias, out, partials, arrived, T, Out, in_units, x_units, weight_units, out_units,
+    x, weight, bias, out, partials, arrived, T, o_units, in_units, x_units, weight_units, out_units,
     parts, part_inputs, HAS_BIAS: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
     ONE_PART: tl.constexpr, ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -68,6 +68,7 @@ def linear_kernel(
     x and weight are descriptors with TMA, else pointers. Lengths of rows and what lies between
     their starts come in units of ALIGNMENT, so that the compiler knows how wide loads may be.
     """
+    Out = o_units * OUT_ALIGNMENT
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(Out, BLOCK_O)
     tile = tl.program_id(0) % tiles
     t_tile, o_tile = tile_of(tile, T, Out, BLOCK_T, BLOCK_O, GROUP)
@@ -161,7 +162,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         split=split,
         parts=parts,
         aligned=aligned,
-        out_aligned=alignment(out.stride(0)),
+        out_aligned=alignment(outputs, out.stride(0)),
     )
     partials, arrived = scratch(x.device)
     linear_kernel[(tiles_of(tokens, outputs, tile) * (parts if split else 1),)](
@@ -172,7 +173,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         partials,
         arrived,
         tokens,
-        outputs,
+        outputs // fixed["OUT_ALIGNMENT"],
         inputs // aligned,
         x.stride(0) // aligned,
         weight.stride(0) // aligned,

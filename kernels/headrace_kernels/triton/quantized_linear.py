@@ -51,7 +51,7 @@ GROUPS = 4
 STAGE_MEMORY = 64 * 1024
 EMBEDDING_GROUPS = 32
 MINIMUM = PackedFormat(4, True)
-SIZES = ["T", "Out", "groups", "x_units", "out_units", "parts", "part_inputs"]
+SIZES = ["T", "o_units", "groups", "x_units", "out_units", "parts", "part_inputs"]
 
 
 SPLIT_PROGRAMS = 1056
@@ -129,15 +129,16 @@ def _product(
 
 @triton.jit(do_not_specialize=SIZES)
 def quantized_linear_kernel(
-    x, weight, bias, out, partials, arrived, T, Out, groups, x_units, out_units, parts, part_inputs,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ONE_PART: tl.constexpr, INTERPRETED: tl.constexpr,
-    WHOLE: tl.constexpr,
+    x, weight, bias, out, partials, arrived, T, o_units, groups, x_units, out_units, parts,
+    part_inputs, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, ONE_PART: tl.constexpr,
+    INTERPRETED: tl.constexpr, WHOLE: tl.constexpr,
     BITS: tl.constexpr, HAS_MINIMUM: tl.constexpr, PARTS: tl.constexpr, SCALE_BITS: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
     ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """As linear.linear_kernel, of packed weights: `parts` of K, PARTS of a group."""
+    Out = o_units * OUT_ALIGNMENT
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(Out, BLOCK_O)
     tile = tl.program_id(0) % tiles
     t_tile, o_tile = tile_of(tile, T, Out, BLOCK_T, BLOCK_O, GROUP)
@@ -271,7 +272,7 @@ def quantized_linear(
         interpreted=not x.is_cuda,
         whole=inputs % (GROUPS * GROUP) == 0,
         aligned=alignment(x.stride(0)),
-        out_aligned=alignment(out.stride(0)),
+        out_aligned=alignment(outputs, out.stride(0)),
     )
     partials, arrived = scratch(x.device)
     quantized_linear_kernel[(tiles_of(tokens, outputs, tile) * (parts if split else 1),)](
@@ -282,7 +283,7 @@ def quantized_linear(
         partials,
         arrived,
         tokens,
-        outputs,
+        outputs // fixed["OUT_ALIGNMENT"],
         inputs // GROUP,
         x.stride(0) // fixed["ALIGNMENT"],
         out.stride(0) // fixed["OUT_ALIGNMENT"],
@@ -317,11 +318,12 @@ def quantized_embedding(token_ids: Tensor, weight: Tensor, fmt: PackedFormat, ou
 def _cases() -> Iterator[tuple[PackedFormat, int, tuple[int, int], str]]:
     """(format, tokens, shape of the matrix, type of x) of the builds."""
     wide, square = (28672, 4096), (4096, 4096)
-    for fmt in (PackedFormat(4, False), MINIMUM):
-        for tokens, shape in ((16, square), (16, wide), (32, square), (64, square), (2048, wide)):
-            yield fmt, tokens, shape, "bf16"
+    for tokens, shape in ((16, square), (16, wide), (32, square), (64, square), (2048, wide)):
+        yield MINIMUM, tokens, shape, "bf16"
+    for fmt in (PackedFormat(4, False), PackedFormat(8, False)):
+        for tokens in (16, 64):
+            yield fmt, tokens, square, "bf16"
     for tokens in (16, 64):
-        yield PackedFormat(8, False), tokens, square, "bf16"
         yield MINIMUM, tokens, square, "fp32"
     yield PackedFormat(8, True, scale_bits=32), 16, square, "bf16"
     yield PackedFormat(4, True, 16, scale_bits=32), 16, square, "bf16"

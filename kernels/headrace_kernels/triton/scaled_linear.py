@@ -40,7 +40,7 @@ from headrace_kernels.triton.gemm_tiles import (
     tiles_of,
 )
 
-SIZES = ["T", "Out", "in_units", "x_units", "weight_units", "out_units", "x_scale_stride"]
+SIZES = ["T", "o_units", "in_units", "x_units", "weight_units", "out_units", "x_scale_stride"]
 SIZES += ["parts", "part_inputs"]
 BLOCK_SCALE = tl.constexpr(128)
 """Inputs, and outputs, of a block of weights; inputs whose e4m3 products are summed at once."""
@@ -90,13 +90,14 @@ def _scale_rows(acc, x_scale, weight_scale, first_t, first_o, T, Out, x_scale_st
 
 @triton.jit(do_not_specialize=SIZES)
 def scaled_linear_kernel(
-    x, weight, x_scale, weight_scale, bias, out, partials, arrived, T, Out, in_units, x_units,
+    x, weight, x_scale, weight_scale, bias, out, partials, arrived, T, o_units, in_units, x_units,
     weight_units, out_units, x_scale_stride, parts, part_inputs,
     HAS_BIAS: tl.constexpr, BLOCK_SCALES: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr,
     ONE_PART: tl.constexpr, ALIGNMENT: tl.constexpr, OUT_ALIGNMENT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """As linear.linear_kernel, with scales."""
+    Out = o_units * OUT_ALIGNMENT
     tiles = tl.cdiv(T, BLOCK_T) * tl.cdiv(Out, BLOCK_O)
     tile = tl.program_id(0) % tiles
     t_tile, o_tile = tile_of(tile, T, Out, BLOCK_T, BLOCK_O, GROUP)
@@ -211,7 +212,7 @@ def scaled_linear(
         split=split,
         parts=parts,
         aligned=alignment(inputs, x.stride(0), weight.stride(0)),
-        out_aligned=alignment(out.stride(0)),
+        out_aligned=alignment(outputs, out.stride(0)),
     )
     partials, arrived = scratch(x.device)
     scaled_linear_kernel[(tiles_of(tokens, outputs, tile) * (parts if split else 1),)](
@@ -224,7 +225,7 @@ def scaled_linear(
         partials,
         arrived,
         tokens,
-        outputs,
+        outputs // fixed["OUT_ALIGNMENT"],
         inputs // fixed["ALIGNMENT"],
         x.stride(0) // fixed["ALIGNMENT"],
         weight.stride(0) // fixed["ALIGNMENT"],
