@@ -7,12 +7,12 @@ Three launches, of which the first two cut a row into chunks, so that a few rows
    top_k it makes a list of what may be among the k instead: what reaches the k-th largest group.
 3. `finish_kernel`, a program a row: merges the chunks. With top_p alone the winner usually is in
    the nucleus, and the mass ranked before it tells: survivors are a prefix of the ranking, so that
-   all from a loser on is cut off, and the next best score is tried. That takes 1 + ln(1 / top_p)
-   draws or less in the mean. With top_k it cuts the list by radix selection first.
+   all from a loser on is cut off, and the best of the rest is drawn. In the mean that takes at most
+   1 + ln(1 / top_p) draws. With top_k it cuts the list by radix selection first.
 
-256 rows of 151,936 logits are 156 MB, 36 us at 4.3 TB/s, and are read twice; that is also about
-what their noise takes (Philox, two float32 logarithms), if no filter and no leading token spares
-it. Greedy rows are read once.
+256 rows of 151,936 logits are 156 MB, 36 us at 4.3 TB/s, and are read twice; greedy rows once, and
+with top_k only the chunks with one of the k. Noise takes about as long where every token is in the
+running (Philox, two float32 logarithms); float64 is left to the few tokens that may have won.
 
 Invariance: sums over tokens are of whole numbers, all else is a maximum under a total order, so
 that no order of programs shows. Log-probabilities sum float32 in chunks of a fixed size, from
@@ -45,7 +45,6 @@ from headrace_kernels.triton.sampling_row import (
     floats_of,
     groups_of,
     ints_of,
-    key_bound,
     list_chunk,
     row_of,
     scores_of,
@@ -229,12 +228,12 @@ def draw_kernel(
         k = tl.load(top_ks + row)
         if usable:
             if (k > 0) & (k < vocab):
-                groups = groups_of(floats, chunks)
-                bound = key_bound(groups, chunks, best, temperature, k, GROUP_SLOTS)
                 # What cannot win weighs nothing either: the list may do without.
                 hopeless = key_of(tl.full([], HOPELESS, tl.float32))
-                bound = tl.minimum(bound, hopeless)
-                list_chunk(logits, floats, ints, chunk, chunks, vocab, best, temperature, bound)
+                list_chunk(
+                    logits, floats, ints, chunk, chunks, vocab, best, temperature, k, hopeless,
+                    GROUP_SLOTS,
+                )  # fmt: skip
             else:
                 seed, position, first = first_score(seeds, positions, row, best_token)
                 _draw_chunk(

@@ -10,16 +10,14 @@ from headrace_kernels.triton.sampling_row import (
     best_of_row,
     count_of,
     floats_of,
-    groups_of,
     ints_of,
-    key_bound,
     list_chunk,
     list_of,
     load_tile,
     row_of,
     scores_of,
 )
-from headrace_kernels.triton.sampling_tile import CHUNK, NO_TOKEN
+from headrace_kernels.triton.sampling_tile import CHUNK, MAX_KEY, NO_TOKEN
 
 
 @triton.jit(do_not_specialize=["stride", "vocab", "k"])
@@ -33,9 +31,10 @@ def list_kernel(
     floats, ints = floats_of(floats, row, chunks), ints_of(ints, row, chunks)
     best, _, usable = best_of_row(floats, ints, chunks, SLOTS)
     if usable:
-        one = tl.full([], 1.0, tl.float32)
-        bound = key_bound(groups_of(floats, chunks), chunks, best, one, k, GROUP_SLOTS)
-        list_chunk(logits, floats, ints, chunk, chunks, vocab, best, one, bound)
+        list_chunk(
+            logits, floats, ints, chunk, chunks, vocab, best, tl.full([], 1.0, tl.float32), k,
+            MAX_KEY, GROUP_SLOTS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["stride", "vocab", "k"])

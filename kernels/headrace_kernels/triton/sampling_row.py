@@ -12,7 +12,7 @@ import triton.language as tl
 
 from headrace_kernels.triton.sampling_tile import (
     CHUNK,
-    MAX_KEY,
+    INFINITE_KEY,
     NO_TOKEN,
     key_of,
     noise_of,
@@ -24,6 +24,11 @@ GROUPS = tl.constexpr(64)
 """Of a chunk. Every 64th token is of one group: neighbours often are alike."""
 LIST = tl.constexpr(4096)
 """Room in the list of a row. Where more tokens qualify, the row itself is searched."""
+_PART = tl.constexpr(1024)
+"""Of a chunk, that is appended at once: the addresses of more would take too many registers."""
+_COARSE = tl.constexpr(2**15 - 1)
+_NORMAL_KEY = tl.constexpr(0x0DA24260)
+"""Of 1e-30: quotients that large have all their bits."""
 ROW_FLOATS, ROW_INTS = LIST, tl.constexpr(1 + 4096)
 CHUNK_FLOATS, CHUNK_INTS = tl.constexpr(2 + 64), tl.constexpr(2)
 """Numbers of a row, and of each of its chunks besides."""
@@ -105,32 +110,58 @@ def load_tile(values, tokens, listed, size, start, TILE: tl.constexpr):
 
 
 @triton.jit
-def key_bound(groups, chunks, best, temperature, k, GROUP_SLOTS: tl.constexpr):
-    """A key that k tokens have at most, if there are k: of the k-th largest group, 24 bits of it.
-
-    A group's largest logit is a token of its own. Found by bisection: the groups are in registers.
+def list_chunk(
+    logits, floats, ints, chunk, chunks, vocab, best, temperature, k, least_key,
+    GROUP_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Adds what may be among the k first of the row to its list, if its key is not above
+    `least_key`: all up to a bound, in any order. What reads the list does not depend on that.
     """
-    slot = tl.arange(0, GROUP_SLOTS)
-    largest = tl.load(groups + slot, mask=slot < chunks * GROUPS, other=float("-inf"))
-    key = key_of(scaled_of(largest, best, temperature))
-    key = tl.where(slot < chunks * GROUPS, key, MAX_KEY)
-    bound = tl.full([], 0, tl.int32)
-    for step in range(24):
-        trial = bound | (1 << (30 - step))
-        bound = tl.where(tl.sum((key < trial).to(tl.int32), 0) < k, trial, bound)
-    return tl.where(k > chunks * GROUPS, MAX_KEY, bound | 127)
+    largest = tl.load(floats + chunk)
+    nearest = key_of(scaled_of(largest, best, temperature))
+    if nearest <= least_key:
+        lead = _lead_bound(
+            groups_of(floats, chunks), chunks, best, k, key_of(largest - best), nearest, GROUP_SLOTS
+        )
+        bound = tl.minimum(key_of(tl.div_rn(lead, temperature)), least_key)
+        if nearest <= bound:
+            for part in range(CHUNK // _PART):
+                token = chunk * CHUNK + part * _PART + tl.arange(0, _PART)
+                x = tl.load(logits + token, mask=token < vocab, other=float("-inf"))
+                key = key_of(scaled_of(x, best, temperature))
+                _append(floats, ints, chunks, x, token, (token < vocab) & (key <= bound))
 
 
 @triton.jit
-def list_chunk(logits, floats, ints, chunk, chunks, vocab, best, temperature, bound):
-    """Adds the tokens of the chunk up to key `bound` to the row's list, in any order: what reads it
-    does not depend on that. `ints` counts them even where they have no room."""
-    if key_of(scaled_of(tl.load(floats + chunk), best, temperature)) <= bound:
-        token = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits + token, mask=token < vocab, other=float("-inf"))
-        listed = (token < vocab) & (key_of(scaled_of(x, best, temperature)) <= bound)
-        number = tl.cumsum(listed.to(tl.int32), 0)
-        slot = tl.atomic_add(count_of(ints, chunks), tl.max(number, 0)) + number - 1
+def _lead_bound(groups, chunks, best, k, own_key, own_nearest, GROUP_SLOTS: tl.constexpr):
+    """How far below the best one k logits are at most, if there are k, as a number that is not
+    above 0: the k-th largest of the groups, each of which is a token of its own. 16 of 31 bits of
+    it, by bisection: the groups are in registers.
+
+    0 where the chunk clearly has none of the k: its largest logit is beyond k groups, by more than
+    the division by the temperature can round away.
+    """
+    slot = tl.arange(0, GROUP_SLOTS)
+    largest = tl.load(groups + slot, mask=slot < chunks * GROUPS, other=float("-inf"))
+    key = key_of(largest - best) | _COARSE
+    beyond = tl.sum((key + 2 * (_COARSE + 1) < own_key).to(tl.int32), 0) >= k
+    steps = tl.where(beyond & (own_nearest > _NORMAL_KEY), 0, 16)
+    bound = tl.full([], 0, tl.int32)
+    for step in range(steps):
+        trial = bound | (1 << (30 - step))
+        bound = tl.where(tl.sum((key < trial).to(tl.int32), 0) < k, trial, bound)
+    bound = tl.where(steps > 0, tl.minimum(bound | _COARSE, INFINITE_KEY), 0)
+    bound = tl.where(k > chunks * GROUPS, INFINITE_KEY, bound)
+    return -bound.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _append(floats, ints, chunks, x, token, listed):
+    """`count_of` counts even those that have no room."""
+    number = tl.cumsum(listed.to(tl.int32), 0)
+    added = tl.max(number, 0)
+    if added > 0:
+        slot = tl.atomic_add(count_of(ints, chunks), added) + number - 1
         values, tokens = list_of(floats, ints, chunks)
         tl.store(values + slot, x, mask=listed & (slot < LIST))
         tl.store(tokens + slot, token, mask=listed & (slot < LIST))

@@ -15,6 +15,8 @@ from headrace_kernels.reference import sampling as reference
 
 CHUNK = tl.constexpr(4096)
 """Tokens of a row that one program works on."""
+INFINITE_KEY = tl.constexpr(0x7F800000)
+"""Of minus infinity."""
 MAX_KEY = tl.constexpr(2**31 - 1)
 NO_TOKEN = tl.constexpr(2**31 - 1)
 """Larger than every token."""
