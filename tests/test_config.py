@@ -111,7 +111,6 @@ def test_an_int8_cache_holds_almost_twice_the_tokens():
     ("dtype", "hardware", "message"),
     [
         ("fp8", CPU, "kv_cache_dtype fp8: no kernel for it runs on a CPU. int8 takes half"),
-        ("float16", CPU, "kv_cache_dtype float16: no kernel for it runs on a CPU"),
         ("fp8", dataclasses.replace(GPU, has_fp8=False), "a GPU has no float8 .* int8 takes as"),
         ("float16", GPU, "on cuda:0 floats are cached like dtype, bfloat16: use auto"),
     ],

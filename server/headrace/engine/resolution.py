@@ -345,7 +345,7 @@ def _why_not_kv_type(chosen: str, dtype: str, hardware: Hardware, model: ModelFa
             f"have {head_dim}. Leave --kv-cache-dtype at auto."
         )
     if hardware.device == "cpu":
-        if chosen in ("fp8", "float16"):
+        if chosen == "fp8":
             return "no kernel for it runs on a CPU. int8 takes half of what bfloat16 does."
     elif chosen == "fp8" and not hardware.has_fp8:
         return f"{hardware.name} has no float8 conversions. int8 takes as much."
