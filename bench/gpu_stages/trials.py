@@ -17,12 +17,14 @@ from torch import Tensor
 
 from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.kv_format import from_pages, row_size, values_and_scales
+from headrace_kernels.ops.step_inputs import SAMPLING_WORDS
 from headrace_kernels.packed_format import FORMATS
 from headrace_kernels.reference import activation as reference_activation
 from headrace_kernels.reference import norm as reference_norm
 from headrace_kernels.reference import quantization as reference_quantization
 from headrace_kernels.reference import rope as reference_rope
 from headrace_kernels.reference import sampling as reference_sampling
+from headrace_kernels.reference import step_inputs as reference_step_inputs
 from headrace_kernels.testing import (
     TOLERANCES,
     Tolerance,
@@ -378,6 +380,34 @@ def _sampling(machine: Machine, generator: torch.Generator) -> Trial:
     return Trial(f"{rows} x {vocabulary}", sample, (out, ids), None)
 
 
+def _step_inputs(machine: Machine, generator: torch.Generator) -> Trial:
+    draw = Draw(machine, generator)
+    lengths = []
+    for _ in range(draw.integer(1, machine.size(300, 20))):
+        length = draw.integer(1, 700)
+        lengths.append((draw.one_of([1, 1, 0, draw.integer(1, min(length, 40))]), length))
+    metadata = ragged_batch(lengths, 64, draw.rng()).metadata(str(draw.device))
+    tokens, rows = len(metadata.slot_mapping), len(lengths)
+    sent = draw.integers(50_000, tokens).int().where(draw.uniform(tokens) < 0.5, -1)
+    last = draw.integers(50_000, rows).int()
+    sampling = torch.randperm(rows, device=draw.device)[: max(rows // 2, 1)].int()
+    words = draw.integers(2**31, rows, SAMPLING_WORDS).int()
+
+    def call(kernels: KernelSet) -> Sequence[Tensor]:
+        made = [torch.full((tokens,), -7, device=draw.device) for _ in range(3)]
+        dtypes = (torch.int64, torch.float32, torch.int32, *[torch.float32] * 2, *[torch.int64] * 2)
+        columns = [torch.full(sampling.shape, 7, dtype=d, device=draw.device) for d in dtypes]
+        starts, table = metadata.query_start_loc, metadata.block_table
+        kernels.token_inputs(starts, metadata.seq_lens, sent, last, table, 64, *made)
+        kernels.sampling_inputs(sampling, starts, metadata.seq_lens, words, *columns)
+        kept = last.clone()
+        kernels.put(sampling, columns[0], kept)
+        return *made, *columns, kept
+
+    expected = call(reference_step_inputs)  # type: ignore[arg-type]
+    return Trial(f"{tokens} tokens of {rows} rows", call, expected, None)
+
+
 TRIALS: Mapping[str, Callable[[Machine, torch.Generator], Trial]] = {
     "norm": _norm,
     "rope": _rope,
@@ -389,5 +419,6 @@ TRIALS: Mapping[str, Callable[[Machine, torch.Generator], Trial]] = {
     "scaled_linear": _scaled_linear,
     "quantized_linear": _quantized_linear,
     "sampling": _sampling,
+    "step_inputs": _step_inputs,
 }
 """By stem; a stem without one fails its check."""
