@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from headrace.engine import hardware
-from headrace.engine.hardware import probe, usable_cores
-from headrace_kernels import native
+from headrace.engine.hardware import probe, product_kernels, usable_cores
+from headrace_kernels import dispatch, native
 
 CODE = (
     "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
@@ -67,3 +68,20 @@ def test_the_flags_say_what_the_kernels_find() -> None:
     if better is not None:
         with pytest.raises(RuntimeError, match=f"this CPU has no {better}"):
             native.set_cpu_isa(better)
+
+
+def test_products_with_kernels_are_those_not_left_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, found = torch.device("cpu"), dispatch.explain
+    expected = () if native.unavailable() else ("quantized_linear",)
+    assert product_kernels(cpu, deterministic=False) == expected
+
+    def none_is_invariant(facts: dispatch.KernelFacts) -> list[dispatch.Decision]:
+        if facts.deterministic:
+            raise dispatch.KernelUnavailableError("norm: none")
+        return found(facts)
+
+    monkeypatch.setattr(dispatch, "explain", none_is_invariant)
+    assert product_kernels(cpu, deterministic=False) == expected
+    assert product_kernels(cpu, deterministic=True) == ()

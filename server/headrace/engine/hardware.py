@@ -26,13 +26,15 @@ ISA_FLAGS = {
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 
 
-def probe(device: str = "auto") -> Hardware:
+def probe(device: str = "auto", *, deterministic: bool = False) -> Hardware:
     """Describe `device` (cpu, cuda, cuda:N, auto). Imports torch only if a GPU may be meant.
+
+    `deterministic`: count those kernels only whose rows do not depend on the batch.
 
     Raises ConfigError for a device that is not there.
     """
     if device != "cpu" and (device != "auto" or Path("/dev/nvidiactl").exists()):
-        gpu = _probe_gpu(device)
+        gpu = _probe_gpu(device, deterministic=deterministic)
         if gpu is not None:
             return gpu
     if device not in ("auto", "cpu"):
@@ -76,7 +78,7 @@ def _cgroups() -> list[Path]:
     return [path, *(parent for parent in path.parents if parent.is_relative_to(CGROUP))]
 
 
-def _probe_gpu(device: str) -> Hardware | None:
+def _probe_gpu(device: str, *, deterministic: bool) -> Hardware | None:
     import torch
 
     if not torch.cuda.is_available():
@@ -96,12 +98,15 @@ def _probe_gpu(device: str) -> Hardware | None:
         has_bf16=capability >= (8, 0),
         total_bytes=total,
         has_fp8=capability >= (8, 9),
-        product_kernels=_product_kernels(torch.device("cuda", index)),
+        product_kernels=product_kernels(torch.device("cuda", index), deterministic),
     )
 
 
-def _product_kernels(device: torch.device) -> tuple[str, ...]:
-    """Products of quantized weights that are not left to the reference on a GPU."""
+def product_kernels(device: torch.device, deterministic: bool) -> tuple[str, ...]:
+    """Stems of products of quantized weights that are not left to the reference on a device.
+
+    None if the kernels of some other op cannot be chosen: loading will say which.
+    """
     import torch
 
     from headrace_kernels import dispatch
@@ -112,10 +117,15 @@ def _product_kernels(device: torch.device) -> tuple[str, ...]:
         dtype=torch.bfloat16,
         head_dim=128,
         page_size=64,
+        deterministic=deterministic,
     )
+    try:
+        decisions = dispatch.explain(facts)
+    except dispatch.KernelUnavailableError:
+        return ()
     return tuple(
         decision.stem
-        for decision in dispatch.explain(facts)
+        for decision in decisions
         if decision.stem in ("quantized_linear", "scaled_linear")
         and decision.chosen
         and decision.candidate != "reference"

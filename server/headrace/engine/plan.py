@@ -61,7 +61,7 @@ def make_plan(config: EngineConfig) -> Plan:
     """
     checkpoint = open_checkpoint(Path(config.model))
     model = model_config(checkpoint)
-    hardware = probe(config.device.device)
+    hardware = probe(config.device.device, deterministic=config.device.deterministic)
     rounded = config.model_options.quantization
     if rounded != "auto":
         _check_unquantized(checkpoint, model, rounded)
