@@ -64,8 +64,8 @@ def cuda_extensions() -> list[Extension]:
 
     if torch.version.cuda is None or nvcc.find(os.environ.get("CUDA_HOME")) is None:
         return []
-    sources = [str(path) for path in nvcc.sources(Path())]
-    return [Extension(CUDA_MODULE, sources, py_limited_api=True, optional=True)]
+    # Its sources are build_cuda's: torch would ask that nvcc and it are of one version.
+    return [Extension(CUDA_MODULE, [], py_limited_api=True, optional=True)]
 
 
 def native_extension(sources: list[str]) -> dict[str, Any]:

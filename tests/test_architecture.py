@@ -88,6 +88,7 @@ MAY_PRINT = {
     "headrace.cli": "it is the command line",
     "headrace.bench": "its table is its result",
     "headrace.deploy.local_cluster": "it is the command line of `make serve-ray`",
+    "headrace_kernels.cuda.compile_gate": "it is a command line",
     "headrace_kernels.triton.compile_gate": "it is a command line",
     "headrace_kernels.cuda.compile_gate": "it is a command line",
 }

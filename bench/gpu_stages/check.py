@@ -45,13 +45,19 @@ def vouch(machine: Machine, record: Record) -> None:
     results = record.results("check")
     for candidate, stem in kernels_here(machine):
         own = [results.get(f"{candidate} {stem} {number}") for number in range(TRIALS_OF_A_STEM)]
-        if all(result is not None and "error" not in result for result in own):
+        passed = [result for result in own if result is not None and "error" not in result]
+        ran = any("declined" not in result for result in passed)
+        if ran and len(passed) == len(own):
             verified.record_verified(candidate, stem, machine.arch)
 
 
 def _check(machine: Machine, candidate: str, stem: str, name: str) -> Result:
     trial: Trial = TRIALS[stem](machine, machine.generator(name.partition(" ")[2]))
-    kernels = dispatch.choose(machine.facts(trial.head_dim, trial.page_size), {stem: candidate})
+    facts = machine.facts(trial.head_dim, trial.page_size)
+    (tried,) = (c for c in dispatch.CANDIDATES[stem] if c.name == candidate)
+    if reason := tried.declines(facts):
+        return {"shape": trial.shape, "declined": reason}
+    kernels = dispatch.choose(facts, {stem: candidate})
     with torch.inference_mode():
         first, second = trial.call(kernels), trial.call(kernels)
         machine.synchronize()

@@ -239,10 +239,12 @@ def _attention(machine: Machine, generator: torch.Generator) -> Trial:
     draw = Draw(machine, generator)
     heads, kv_heads, dim = _heads(draw)
     longest = machine.size(draw.one_of([200, 3000]), 90)
+    decodes = draw.integer(0, 1)  # a kernel may have a path of its own for steps of these alone
     lengths = []
     for _ in range(draw.integer(1, machine.size(24, 3))):
         length = draw.integer(1, longest)
-        lengths.append((draw.one_of([1, 1, 0, draw.integer(1, min(length, 700))]), length))
+        longer = 1 if decodes else draw.integer(1, min(length, 700))
+        lengths.append((draw.one_of([1, 1, 0, longer]), length))
     window = draw.one_of([None, None, draw.integer(1, longest)])
     soft_cap = draw.one_of([None, None, 20.0])
     rng, kv_dtype = draw.rng(), draw.one_of([machine.dtype, *EIGHT_BITS])
@@ -267,6 +269,29 @@ def _attention(machine: Machine, generator: torch.Generator) -> Trial:
         begin += query_len
     shape = f"{lengths} {heads}/{kv_heads}/{dim} {kv_dtype} window {window} cap {soft_cap}"
     return Trial(shape, call, (expected,), _tolerance("attention"), dim, 64)
+
+
+def _kv_copy(machine: Machine, generator: torch.Generator) -> Trial:
+    """Within a pool's device, out to host memory, and back in."""
+    draw = Draw(machine, generator)
+    blocks, tokens = draw.integer(4, 40), draw.one_of([16, 64, machine.size(4096, 64)])
+    src = draw.normal(blocks, 2, 3, tokens, 16)
+    numbers = torch.stack([torch.randperm(blocks), torch.randperm(blocks)], 1)
+    pairs = torch.cat((numbers[: draw.integer(1, blocks)], torch.tensor([[-1, 2], [3, -1]])))
+
+    def call(kernels: KernelSet) -> Sequence[Tensor]:
+        own, back = torch.zeros_like(src), torch.zeros_like(src)
+        host = torch.zeros(src.shape, dtype=src.dtype, pin_memory=draw.device.type == "cuda")
+        kernels.copy_blocks(src, own, pairs.to(draw.device))
+        kernels.copy_blocks(src, host, pairs)
+        kernels.copy_blocks(host, back, pairs.flip(1))
+        return own, host, back
+
+    copied, back = torch.zeros_like(src), torch.zeros_like(src)
+    for source, target in pairs.tolist()[:-2]:
+        copied[target] = src[source]
+        back[source] = src[source]
+    return Trial(f"{len(pairs)} of {blocks} x {tokens}", call, (copied, copied, back), None)
 
 
 def _matrix(draw: Draw) -> tuple[int, int]:
@@ -420,5 +445,6 @@ TRIALS: Mapping[str, Callable[[Machine, torch.Generator], Trial]] = {
     "quantized_linear": _quantized_linear,
     "sampling": _sampling,
     "step_inputs": _step_inputs,
+    "kv_copy": _kv_copy,
 }
 """By stem; a stem without one fails its check."""

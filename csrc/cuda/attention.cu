@@ -7,15 +7,15 @@
 namespace headrace::cuda {
 namespace {
 
-// The plan tensor: the count, the items, the slots.
+// The plan tensor: the counts, the items, the folds.
 struct PlanMemory {
-    int* count;
+    int* counts;
     Item* items;
-    int2* slots;
+    Fold* folds;
 
     static int64_t bytes(int64_t capacity, int64_t requests) {
         return static_cast<int64_t>(sizeof(Item)) * (1 + capacity + requests) +
-               static_cast<int64_t>(sizeof(int2)) * requests;
+               static_cast<int64_t>(sizeof(Fold)) * requests;
     }
     PlanMemory(const Tensor& plan, int64_t capacity, int64_t requests) {
         STD_TORCH_CHECK(plan.is_cuda() && plan.scalar_type() == ScalarType::Byte &&
@@ -23,8 +23,8 @@ struct PlanMemory {
                         "plan must be contiguous uint8 of ", bytes(capacity, requests), " bytes");
         check_aligned("plan", plan, 0, sizeof(Item));
         items = data<Item>(plan) + 1;
-        count = data<int>(plan);
-        slots = reinterpret_cast<int2*>(items + capacity + requests);
+        counts = data<int>(plan);
+        folds = reinterpret_cast<Fold*>(items + capacity + requests);
     }
 };
 
@@ -44,9 +44,9 @@ void launch_plan_decode(const Tensor& query_start_loc, const Tensor& seq_lens, i
         .requests = static_cast<int>(requests),
         .window = static_cast<int>(window),
         .capacity = static_cast<int>(capacity),
-        .count = memory.count,
+        .counts = memory.counts,
         .items = memory.items,
-        .slots = memory.slots,
+        .folds = memory.folds,
     };
     plan_decode<<<1, PLAN_THREADS, PLAN_THREADS / 32 * 4, stream_of(seq_lens)>>>(p);
     check_cuda(cudaGetLastError());
@@ -88,8 +88,7 @@ void launch(const Decode<T>& p, cudaStream_t stream) {
     const int bytes = DecodeMemory<D, C>::bytes(p.group);
     allow_shared_memory(kernel, bytes);
     // A kilobyte of each block is the system's.
-    const int fit =
-        device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (bytes + 1024);
+    const int fit = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (bytes + 1024);
     const int blocks = device_attribute(cudaDevAttrMultiProcessorCount) * std::clamp(fit, 1, 2);
     kernel<<<blocks, ATTENTION_THREADS, bytes, stream>>>(p);
     check_cuda(cudaGetLastError());
@@ -106,16 +105,16 @@ void attend(const Shape& s, const Decode<T>& p, const Combine<T>& c, const Tenso
         with_eight_bit_type("kv_cache", kv_cache, launch_for);
     else
         launch_for(T{});
-    const dim3 grid(grid_size(s.requests + s.rows),
-                    static_cast<unsigned>((s.heads + WARPS - 1) / WARPS));
+    constexpr int64_t MOST_BLOCKS = 128;  // with 32 heads more than run at once
+    const int64_t blocks = std::clamp<int64_t>(std::max(s.requests, s.rows), 1, MOST_BLOCKS);
+    const dim3 grid(grid_size(blocks), static_cast<unsigned>((s.heads + WARPS - 1) / WARPS));
     combine_chunks<D, T><<<grid, ATTENTION_THREADS, 0, stream>>>(c);
     check_cuda(cudaGetLastError());
 }
 
-void launch_decode_attention(const Tensor& q, const Tensor& kv_cache,
-                             const Tensor& query_start_loc, const Tensor& block_table,
-                             const Tensor& plan, const Tensor& partials, double scale,
-                             double soft_cap, const Tensor& out) {
+void launch_decode_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& query_start_loc,
+                             const Tensor& block_table, const Tensor& plan, const Tensor& partials,
+                             double scale, double soft_cap, const Tensor& out) {
     Shape s = check_tensors(q, kv_cache, out);
     STD_TORCH_CHECK(block_table.dim() == 2 && block_table.is_cuda() && block_table.stride(1) == 1 &&
                         block_table.scalar_type() == ScalarType::Int,
@@ -139,7 +138,7 @@ void launch_decode_attention(const Tensor& q, const Tensor& kv_cache,
             .out = data<T>(out),
             .cache = data<const uint8_t>(kv_cache),
             .block_table = data<const int>(block_table),
-            .count = memory.count,
+            .counts = memory.counts,
             .items = memory.items,
             .partials = values,
             .sums = sums,
@@ -156,7 +155,8 @@ void launch_decode_attention(const Tensor& q, const Tensor& kv_cache,
             .soft_cap = static_cast<float>(soft_cap),
         };
         const Combine<T> c = {
-            .slots = memory.slots,
+            .counts = memory.counts,
+            .folds = memory.folds,
             .query_start = data<const int>(query_start_loc),
             .partials = values,
             .sums = sums,

@@ -73,8 +73,8 @@ void copy_by_kernel(const Blocks& src, const Blocks& dst, const Tensor& pairs,
 
 void launch_copy_blocks(const Tensor& src, const Tensor& dst, const Tensor& pairs) {
     const Blocks from = blocks_of("src", src), to = blocks_of("dst", dst);
-    STD_TORCH_CHECK(from.bytes == to.bytes, "blocks of src have ", from.bytes, " bytes, those of dst ",
-                    to.bytes);
+    STD_TORCH_CHECK(from.bytes == to.bytes, "blocks of src have ", from.bytes,
+                    " bytes, those of dst ", to.bytes);
     STD_TORCH_CHECK(pairs.dim() == 2 && pairs.size(1) == 2 && pairs.is_contiguous() &&
                         pairs.scalar_type() == ScalarType::Long,
                     "pairs must be contiguous int64 [N, 2]");

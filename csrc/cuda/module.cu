@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(headrace_cuda, CompositeExplicitAutograd, m) {
 }  // namespace headrace::cuda
 
 PyMODINIT_FUNC PyInit__CUDA() {
-    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_CUDA", nullptr, -1, nullptr,
-                                     nullptr, nullptr, nullptr, nullptr};
+    static PyModuleDef definition = {
+        PyModuleDef_HEAD_INIT, "_CUDA", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
     return PyModule_Create(&definition);
 }

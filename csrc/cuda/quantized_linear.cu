@@ -37,8 +37,8 @@ void multiply(const Linear& p, int splits, cudaStream_t stream) {
 int64_t linear_splits(int64_t tokens, int64_t outputs, int64_t multiprocessors) {
     constexpr int WIDE_OUTPUTS = OUTPUTS * LINEAR_WARPS, WIDE_TOKENS = WIDE_TILES * TILE_TOKENS;
     if (tokens <= FEW_TOKENS) return 1;
-    const int64_t blocks = ((outputs + WIDE_OUTPUTS - 1) / WIDE_OUTPUTS) *
-                           ((tokens + WIDE_TOKENS - 1) / WIDE_TOKENS);
+    const int64_t blocks =
+        ((outputs + WIDE_OUTPUTS - 1) / WIDE_OUTPUTS) * ((tokens + WIDE_TOKENS - 1) / WIDE_TOKENS);
     int64_t splits = 1;
     while (splits < LANES && 2 * splits * blocks <= multiprocessors) splits *= 2;
     return splits;
@@ -52,8 +52,8 @@ bool is_bf16(const char* name, const Tensor& tensor) {
 }
 
 void quantized_linear(const Tensor& x, const Tensor& weight, int64_t format,
-                      const std::optional<Tensor>& bias, int64_t splits,
-                      const Tensor& partials, const Tensor& out) {
+                      const std::optional<Tensor>& bias, int64_t splits, const Tensor& partials,
+                      const Tensor& out) {
     STD_TORCH_CHECK(x.dim() == 2 && out.dim() == 2 && weight.dim() == 3,
                     "x and out must have 2 dimensions, weight 3");
     const int64_t tokens = x.size(0), groups = weight.size(1), outputs = out.size(1);
@@ -101,8 +101,8 @@ void quantized_linear(const Tensor& x, const Tensor& weight, int64_t format,
     });
     STD_TORCH_CHECK(known, "there is no CUDA kernel of this format of weights");
     if (splits == 1) return;
-    add_lanes<<<grid_size((tokens * outputs + LINEAR_THREADS - 1) / LINEAR_THREADS),
-                LINEAR_THREADS, 0, stream>>>(p);
+    add_lanes<<<grid_size((tokens * outputs + LINEAR_THREADS - 1) / LINEAR_THREADS), LINEAR_THREADS,
+                0, stream>>>(p);
     check_cuda(cudaGetLastError());
 }
 

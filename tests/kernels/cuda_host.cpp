@@ -64,11 +64,18 @@ void widen(int to, int from, const uint32_t* words, int64_t count, uint32_t* eve
 
 void copy_blocks(const void* src, void* dst, const int64_t* pairs, int64_t count,
                  const int64_t* layout, int schedule) {
-    const BlockCopy c = {static_cast<const Vector16*>(src), static_cast<Vector16*>(dst), pairs,
-                         layout[0], layout[1], layout[2], layout[3], layout[4]};
+    const BlockCopy c = {static_cast<const Vector16*>(src),
+                         static_cast<Vector16*>(dst),
+                         pairs,
+                         layout[0],
+                         layout[1],
+                         layout[2],
+                         layout[3],
+                         layout[4]};
     const int64_t chunks = (c.size + COPY_CHUNK - 1) / COPY_CHUNK;
-    host::launch({static_cast<unsigned>(count), static_cast<unsigned>(chunks), 1}, COPY_THREADS, 0,
-                 [&] { headrace::cuda::copy_blocks(c); }, schedule_of(schedule));
+    host::launch(
+        {static_cast<unsigned>(count), static_cast<unsigned>(chunks), 1}, COPY_THREADS, 0,
+        [&] { headrace::cuda::copy_blocks(c); }, schedule_of(schedule));
 }
 
 void quantize(int x_code, int out_code, const void* x, void* out, float* scale, int64_t rows,
@@ -78,13 +85,20 @@ void quantize(int x_code, int out_code, const void* x, void* out, float* scale, 
         with_eight_bits(out_code, [&](auto result) {
             using X = decltype(in);
             using Out = decltype(result);
-            const Quantize<X, Out> q = {static_cast<const X*>(x), static_cast<Out*>(out), scale,
-                                        row, row, rows, groups, group_size};
+            const Quantize<X, Out> q = {static_cast<const X*>(x),
+                                        static_cast<Out*>(out),
+                                        scale,
+                                        row,
+                                        row,
+                                        rows,
+                                        groups,
+                                        group_size};
             with_quantize_team(group_size, [&](auto team) {
                 constexpr int TEAM = decltype(team)::value, TEAMS = QUANTIZE_THREADS / TEAM;
                 const int64_t blocks = (rows * groups + TEAMS - 1) / TEAMS;
-                host::launch({static_cast<unsigned>(blocks), 1, 1}, QUANTIZE_THREADS, 64,
-                             [&] { quantize_groups<TEAM, X, Out>(q); }, schedule_of(schedule));
+                host::launch(
+                    {static_cast<unsigned>(blocks), 1, 1}, QUANTIZE_THREADS, 64,
+                    [&] { quantize_groups<TEAM, X, Out>(q); }, schedule_of(schedule));
             });
         });
     });
@@ -140,8 +154,9 @@ void multiply(const LinearArguments& a, int schedule) {
     if (a.tiles == 4) launch([&] { packed_linear_wide<F>(p); });
     if (a.splits == 1) return;
     const int64_t size = a.tokens * a.outputs;
-    host::launch({static_cast<unsigned>((size + LINEAR_THREADS - 1) / LINEAR_THREADS), 1, 1},
-                 LINEAR_THREADS, 0, [&] { add_lanes(p); }, schedule_of(schedule));
+    host::launch(
+        {static_cast<unsigned>((size + LINEAR_THREADS - 1) / LINEAR_THREADS), 1, 1}, LINEAR_THREADS,
+        0, [&] { add_lanes(p); }, schedule_of(schedule));
 }
 
 }  // namespace
@@ -165,9 +180,9 @@ struct AttentionArguments {
     const int* query_start;
     const int* seq_lens;
     const int* block_table;
-    int* count;
+    int* counts;
     void* items;
-    void* slots;
+    void* folds;
     float* partials;
     void* sums;
     int64_t q_stride, out_stride, block_stride, kv_stride, head_stride, table_stride;
@@ -176,8 +191,14 @@ struct AttentionArguments {
 };
 
 void plan(const AttentionArguments* a, int schedule) {
-    const Plan p = {a->query_start, a->seq_lens, a->requests, a->window, a->capacity, a->count,
-                    static_cast<Item*>(a->items), static_cast<int2*>(a->slots)};
+    const Plan p = {a->query_start,
+                    a->seq_lens,
+                    a->requests,
+                    a->window,
+                    a->capacity,
+                    a->counts,
+                    static_cast<Item*>(a->items),
+                    static_cast<Fold*>(a->folds)};
     host::launch({}, PLAN_THREADS, 64, [&] { plan_decode(p); }, schedule_of(schedule));
 }
 }
@@ -191,7 +212,7 @@ void attend(const AttentionArguments& a, int schedule) {
         .out = static_cast<T*>(a.out),
         .cache = static_cast<const uint8_t*>(a.cache),
         .block_table = a.block_table,
-        .count = a.count,
+        .counts = a.counts,
         .items = static_cast<const Item*>(a.items),
         .partials = a.partials,
         .sums = static_cast<Sum*>(a.sums),
@@ -216,12 +237,21 @@ void attend(const AttentionArguments& a, int schedule) {
     else
         launch([&] { decode_attention<D, false, T, C>(p); });
     const int heads = a.kv_heads * a.group;
-    const Combine<T> c = {static_cast<int2*>(a.slots), a.query_start, a.partials,
-                          static_cast<Sum*>(a.sums), static_cast<T*>(a.out), a.out_stride,
-                          a.requests, heads, a.rows};
-    host::launch({static_cast<unsigned>(a.requests + a.rows),
-                  static_cast<unsigned>((heads + WARPS - 1) / WARPS), 1},
-                 ATTENTION_THREADS, 0, [&] { combine_chunks<D, T>(c); }, schedule_of(schedule));
+    const Combine<T> c = {
+        .counts = a.counts,
+        .folds = static_cast<const Fold*>(a.folds),
+        .query_start = a.query_start,
+        .partials = a.partials,
+        .sums = static_cast<const Sum*>(a.sums),
+        .out = static_cast<T*>(a.out),
+        .out_stride = a.out_stride,
+        .requests = a.requests,
+        .heads = heads,
+        .rows = a.rows,
+    };
+    host::launch(
+        {static_cast<unsigned>(a.blocks), static_cast<unsigned>((heads + WARPS - 1) / WARPS), 1},
+        ATTENTION_THREADS, 0, [&] { combine_chunks<D, T>(c); }, schedule_of(schedule));
 }
 
 }  // namespace

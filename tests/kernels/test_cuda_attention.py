@@ -24,7 +24,7 @@ from headrace_kernels.testing import (
 LOG2_E = 1.4426950408889634
 POINTERS = (
     *("q", "out", "cache", "query_start", "seq_lens", "block_table"),
-    *("count", "items", "slots", "partials", "sums"),
+    *("counts", "items", "folds", "partials", "sums"),
 )
 STRIDES = ("q_stride", "out_stride", "block_stride", "kv_stride", "head_stride", "table_stride")
 SIZES = ("requests", "rows", "kv_heads", "group", "page_size", "window", "capacity", "blocks")
@@ -145,9 +145,9 @@ def _launch(
     heads, kv_heads, dim = case.heads
     capacity = case.capacity
     memory = {
-        "count": torch.full((1,), -1, dtype=torch.int32),
+        "counts": torch.full((2,), -1, dtype=torch.int32),
         "items": torch.full((capacity + requests, 8), -7, dtype=torch.int32),
-        "slots": torch.full((requests, 2), -7, dtype=torch.int32),
+        "folds": torch.full((requests, 4), -7, dtype=torch.int32),
         "partials": torch.full((capacity, heads, dim), float("nan")),
         "sums": torch.full((capacity, heads, 2), float("nan")),
     }
@@ -239,8 +239,8 @@ def test_more_requests_than_a_block_plans_at_once() -> None:
 
 @pytest.mark.parametrize(("dim", "dtype", "cache_dtype"), FORMATS)
 def test_shared_memory(dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    """Every group fits sm_80, and two blocks of the usual ones a multiprocessor of sm_90."""
+    """Every group fits sm_80, and two blocks of groups up to 4 a multiprocessor of sm_90."""
     code = 1 if cache_dtype.itemsize == 2 else 3
     bytes_of = library().shared_memory_of_attention
     assert all(bytes_of(dim, code, group) <= SHARED_LIMIT for group in range(1, 17))
-    assert bytes_of(dim, code, 8) + 1024 <= (228 << 10) // 2
+    assert bytes_of(dim, code, 4) + 1024 <= (228 << 10) // 2

@@ -84,9 +84,10 @@ def decode(
 
 
 def _only_decodes(metadata: AttentionMetadata) -> bool:
-    """A captured graph is replayed with batches that this one says nothing of."""
+    """Whether the host knows that; of a captured graph it knows nothing about the replays."""
+    known = len(metadata.query_lens) == len(metadata.seq_lens)
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return not capturing and bool((metadata.query_lens <= 1).all())
+    return known and not capturing and bool((metadata.query_lens <= 1).all())
 
 
 def _plan(

@@ -110,7 +110,7 @@ HEADRACE_DEVICE void add_values(const uint32_t (&weights)[4], const uint8_t* sta
 template <int D, bool WIDE, class T>
 struct Softmax {
     const Decode<T>& p;
-    const float* key_scales;    // null: none
+    const float* key_scales;  // null: none
     const float* value_scales;
     int first, lowest, end;  // position of the first token; tokens [lowest, end) are seen
 
@@ -286,8 +286,8 @@ HEADRACE_DEVICE void load_query(const Decode<T>& p, const Item& item, int head, 
 
 // One item of one kv head; `loader` is Stage::COUNT - 1 tiles ahead.
 template <int D, bool WIDE, class T, class C>
-HEADRACE_DEVICE void attend(const Decode<T>& p, const Item& item, int head,
-                            Loader<D, T, C>& loader, Merge<D>& merge, int& stage, int warp) {
+HEADRACE_DEVICE void attend(const Decode<T>& p, const Item& item, int head, Loader<D, T, C>& loader,
+                            Merge<D>& merge, int& stage, int warp) {
     using S = Stage<D, C>;
     const int lane = loader.lane;
     uint32_t q[D / 16][4];
@@ -325,10 +325,11 @@ HEADRACE_DEVICE void attend(const Decode<T>& p, const Item& item, int head,
 }
 
 template <int D, bool WIDE, class T, class C>
-HEADRACE_KERNEL_OF(ATTENTION_THREADS, 2) decode_attention(Decode<T> p) {
+HEADRACE_KERNEL_OF(ATTENTION_THREADS, 2)
+decode_attention(Decode<T> p) {
     using S = Stage<D, C>;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int works = *p.count * p.kv_heads;
+    const int works = p.counts[0] * p.kv_heads;
     uint8_t* const memory = shared_memory();
     Loader<D, T, C> loader(p, memory + warp * S::COUNT * S::BYTES, works, warp);
     Merge<D> merge(memory + DecodeMemory<D, C>::STAGES, p.group);
@@ -344,8 +345,9 @@ HEADRACE_KERNEL_OF(ATTENTION_THREADS, 2) decode_attention(Decode<T> p) {
 
 template <class T>
 struct Combine {
-    const int2* slots;
-    const int* query_start;
+    const int* counts;
+    const Fold* folds;
+    const int* query_start;  // [requests + 1]
     const float* partials;
     const Sum* sums;
     T* out;
@@ -353,28 +355,14 @@ struct Combine {
     int requests, heads, rows;
 };
 
-// Folds the partials of each request, one warp a head. grid: [requests + rows, ceil(heads / 4)];
-// blocks behind the requests write zeros to rows that belong to none.
+// The partials of one context and head, by one warp.
 template <int D, class T>
-HEADRACE_KERNEL_OF(ATTENTION_THREADS, 1) combine_chunks(Combine<T> c) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int head = static_cast<int>(blockIdx.y * WARPS + threadIdx.x / 32);
-    const int request = static_cast<int>(blockIdx.x);
-    if (head >= c.heads) return;
-    if (request >= c.requests) {
-        const int row = request - c.requests;
-        if (row < c.query_start[c.requests]) return;
-        for (int i = lane; i < D; i += 32)
-            c.out[row * c.out_stride + head * D + i] = from_float<T>(0.0F);
-        return;
-    }
-    const int2 slot = c.slots[request];
-    if (slot.x < 0) return;
+HEADRACE_DEVICE void fold_head(const Combine<T>& c, const Fold& which, int head, int lane) {
     Sum total = {-HEADRACE_INFINITY, 0.0F};
     float values[D / 32] = {};
     HEADRACE_UNROLL_BY(4)
-    for (int i = 0; i < slot.y; ++i) {
-        const int64_t from = int64_t{slot.x + i} * c.heads + head;
+    for (int i = 0; i < which.chunks; ++i) {
+        const int64_t from = int64_t{which.slot + i} * c.heads + head;
         const Sum sum = c.sums[from];
         const FoldWeights w = fold_weights(total.largest, sum.largest);
         total = {w.largest, fold(w, total.total, sum.total)};
@@ -382,9 +370,25 @@ HEADRACE_KERNEL_OF(ATTENTION_THREADS, 1) combine_chunks(Combine<T> c) {
         for (int k = 0; k < D / 32; ++k)
             values[k] = fold(w, values[k], c.partials[from * D + 32 * k + lane]);
     }
-    T* const out = c.out + c.query_start[request] * c.out_stride + head * D;
+    T* const out = c.out + which.row * c.out_stride + head * D;
     HEADRACE_UNROLL
     for (int k = 0; k < D / 32; ++k) out[32 * k + lane] = from_float<T>(values[k] / total.total);
+}
+
+// Folds what was split, and writes zeros to rows that belong to no request. grid: [any,
+// ceil(heads / 4)].
+template <int D, class T>
+HEADRACE_KERNEL_OF(ATTENTION_THREADS, 1)
+combine_chunks(Combine<T> c) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int head = static_cast<int>(blockIdx.y * WARPS + threadIdx.x / 32);
+    const int first = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
+    if (head >= c.heads) return;
+    for (int i = first; i < c.counts[1]; i += step) fold_head<D>(c, c.folds[i], head, lane);
+    for (int row = c.query_start[c.requests] + first; row < c.rows; row += step) {
+        T* const out = c.out + row * c.out_stride + head * D;
+        for (int i = lane; i < D; i += 32) out[i] = from_float<T>(0.0F);
+    }
 }
 
 }  // namespace headrace::cuda

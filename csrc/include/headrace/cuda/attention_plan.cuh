@@ -22,6 +22,11 @@ struct alignas(32) Item {
     int unused[2];
 };
 
+// A context whose partials are folded by another kernel.
+struct alignas(16) Fold {
+    int row, slot, chunks, unused;
+};
+
 // What a plan is made from and where it goes. A request of another number of query tokens than one
 // is left to another kernel.
 struct Plan {
@@ -30,9 +35,9 @@ struct Plan {
     int requests;
     int window;    // tokens that are seen; 0: all
     int capacity;  // partials that there is memory for
-    int* count;    // [1]
+    int* counts;   // [2]: items, folds
     Item* items;   // [capacity + requests]
-    int2* slots;   // [requests]: of its first partial, or -1, and how many
+    Fold* folds;   // [requests]
 };
 
 // Chunks that a context's newest token sees, and the first token.
@@ -71,7 +76,7 @@ HEADRACE_DEVICE int2 scan_block(int value, int* shared) {
 // One block.
 HEADRACE_KERNEL_OF(PLAN_THREADS, 1) plan_decode(Plan p) {
     int* const shared = reinterpret_cast<int*>(shared_memory());
-    int partials = 0, items = 0;
+    int partials = 0, items = 0, folds = 0;
     for (int start = 0; start < p.requests; start += PLAN_THREADS) {
         const int request = start + static_cast<int>(threadIdx.x);
         int row = 0, length = 0;
@@ -89,7 +94,9 @@ HEADRACE_KERNEL_OF(PLAN_THREADS, 1) plan_decode(Plan p) {
         const int2 items_before = scan_block(own, shared);
         Item* const to = p.items + items + items_before.x;
         items += items_before.y;
-        if (request < p.requests) p.slots[request] = {split ? slot : -1, span.chunks};
+        const int2 folds_before = scan_block(split, shared);
+        if (split) p.folds[folds + folds_before.x] = {row, slot, span.chunks, 0};
+        folds += folds_before.y;
         for (int i = 0; i < own; ++i) {
             const int chunk = span.first + i;
             to[i].request = request;
@@ -100,7 +107,8 @@ HEADRACE_KERNEL_OF(PLAN_THREADS, 1) plan_decode(Plan p) {
             to[i].slot = split ? slot + i : -1;
         }
     }
-    if (threadIdx.x == 0) *p.count = items;
+    if (threadIdx.x == 0) p.counts[0] = items;
+    if (threadIdx.x == 0) p.counts[1] = folds;
 }
 
 // The state of a sum of exponentials: values that were scaled by 2^-largest.

@@ -17,7 +17,7 @@ struct Decode {
     T* out;
     const uint8_t* cache;
     const int* block_table;
-    const int* count;
+    const int* counts;
     const Item* items;
     float* partials;  // [capacity, heads, D]
     Sum* sums;        // [capacity, heads]
@@ -111,7 +111,8 @@ struct Loader {
         stage = stage + 1 == S::COUNT ? 0 : stage + 1;
         HEADRACE_UNROLL
         for (int i = 0; i < S::VECTORS * WARP_TOKENS / 32; ++i) {
-            const int vector = i * 32 + lane, row = vector / S::VECTORS, column = vector % S::VECTORS;
+            const int vector = i * 32 + lane, row = vector / S::VECTORS,
+                      column = vector % S::VECTORS;
             const bool exists = begin + row < end && begin + row >= lowest;
             const uint8_t* const from = keys + (slot + row) * S::ROW + column * 16;
             copy_async_16(to + S::offset(row, column), from, exists);
@@ -121,8 +122,8 @@ struct Loader {
             // Four scales of keys each, lanes 0 to 3, and of values, lanes 4 to 7.
             if (lane < 8) {
                 const int four = lane % 4 * 4;
-                const uint8_t* const from = keys + (lane / 4) * p.kv_stride +
-                                            p.page_size * S::ROW + (slot + four) * 4;
+                const uint8_t* const from =
+                    keys + (lane / 4) * p.kv_stride + p.page_size * S::ROW + (slot + four) * 4;
                 copy_async_16(to + 2 * S::VALUES + lane * 16, from, begin + four < end);
             }
         }

@@ -58,8 +58,8 @@ HEADRACE_HOST_DEVICE float to_float(fp16 x) {
     // The exponents differ by 112; a product also normalises subnormal numbers.
     const float magnitude = bit_cast<float>(uint32_t{x.bits & 0x7fffU} << 13) * 0x1p112F;
     const bool finite = (x.bits & 0x7c00U) != 0x7c00U;
-    const uint32_t bits = finite ? bit_cast<uint32_t>(magnitude)
-                                 : 0x7f800000U | uint32_t{x.bits & 0x3ffU} << 13;
+    const uint32_t bits =
+        finite ? bit_cast<uint32_t>(magnitude) : 0x7f800000U | uint32_t{x.bits & 0x3ffU} << 13;
     return bit_cast<float>(bits | uint32_t{x.bits & 0x8000U} << 16);
 #endif
 }
@@ -125,7 +125,8 @@ HEADRACE_HOST_DEVICE e4m3 from_float<e4m3>(float x) {
     if (x != x) return {0x7f};
     // Below 2^-6 the units are 2^-9: those of a float in [2^14, 2^15).
     if (magnitude < 0x1p-6F) {
-        const uint32_t units = bit_cast<uint32_t>(magnitude + 0x1p14F) - bit_cast<uint32_t>(0x1p14F);
+        const uint32_t units =
+            bit_cast<uint32_t>(magnitude + 0x1p14F) - bit_cast<uint32_t>(0x1p14F);
         return {static_cast<uint8_t>(sign | units)};
     }
     const uint32_t rounded = round_bits(bits & 0x7fffffffU, 20) - (120U << 23);

@@ -1,4 +1,5 @@
-// Products of packed 4- and 8-bit weights with bf16 activations: packed_format.py's layout as it is.
+// Products of packed 4- and 8-bit weights with bf16 activations: packed_format.py's layout as it
+// is.
 //
 // Each warp makes 32 outputs. Weights stream into its own stages of shared memory by asynchronous
 // copies. An integer of a weight is a bf16, so a tensor core's products are exact; those of inputs
@@ -29,8 +30,7 @@ template <int BITS_, bool MINIMUM_, int PARTS_, int SCALE_BITS_>
 struct Packed {
     static constexpr int BITS = BITS_, PARTS = PARTS_, SCALE_BITS = SCALE_BITS_;
     static constexpr bool MINIMUM = MINIMUM_;
-    static constexpr int CODE =
-        BITS + 16 * MINIMUM + 32 * (PARTS == 2) + SCALE_BITS * 4 - 64;
+    static constexpr int CODE = BITS + 16 * MINIMUM + 32 * (PARTS == 2) + SCALE_BITS * 4 - 64;
     static constexpr int INTEGERS = COLUMNS * GROUP * BITS / 8;
     static constexpr int SCALES = COLUMNS * PARTS * SCALE_BITS / 8;
     static constexpr int BYTES = INTEGERS + SCALES * (MINIMUM ? 2 : 1);
@@ -39,8 +39,8 @@ struct Packed {
     static constexpr int STAGES = STAGE <= 2560 ? 4 : 3;
     static_assert(BYTES % 16 == 0);
 
-    // Where a vector of a group goes. Lane 4 g + t reads words 2 g and 2 g + 1 of row t, of 16 words:
-    // so the vectors that half a warp reads, two of each of four rows, stand together.
+    // Where a vector of a group goes. Lane 4 g + t reads words 2 g and 2 g + 1 of row t, of 16
+    // words: so the vectors that half a warp reads, two of each of four rows, stand together.
     static HEADRACE_HOST_DEVICE int place(int vector) {
         if (vector >= INTEGERS / 16) return vector;
         const int row = vector / 4 % 4, quarter = vector % 4;
@@ -107,8 +107,7 @@ struct WeightLoader {
             walk.advance();
             HEADRACE_UNROLL
             for (int strip = 0; strip < STRIPS; ++strip) {
-                const uint8_t* const from =
-                    weight + (int64_t{strip} * groups + first) * F::BYTES;
+                const uint8_t* const from = weight + (int64_t{strip} * groups + first) * F::BYTES;
                 for (int i = lane; i < UNIT * F::VECTORS; i += 32) {
                     const int group = i / F::VECTORS, vector = i % F::VECTORS;
                     copy_async_16(to + (strip * UNIT + group) * F::BYTES + F::place(vector) * 16,
@@ -231,7 +230,7 @@ struct Sums {
                 HEADRACE_UNROLL
                 for (int part = 0; part < F::PARTS; ++part) {
                     const Pair d = scales_of<F>(from, 0, part, g);
-                    float(&to)[4] = values[strip][tile];
+                    float (&to)[4] = values[strip][tile];
                     HEADRACE_UNROLL
                     for (int i = 0; i < 4; ++i)
                         to[i] = fmaf(i < 2 ? d.first : d.second, products[part][i], to[i]);
@@ -273,8 +272,8 @@ struct LaneSums {
     UnitWalk walk;
     int stage = 0;
 
-    HEADRACE_DEVICE LaneSums(const Linear& params, uint8_t* memory, int warp, int lane,
-                             int number, int first_lane, int end_lane)
+    HEADRACE_DEVICE LaneSums(const Linear& params, uint8_t* memory, int warp, int lane, int number,
+                             int first_lane, int end_lane)
         : p(params),
           g(lane / 4),
           t(lane % 4),
@@ -346,7 +345,8 @@ struct LaneSums {
 
 // Of few tokens. grid: [ceil(column blocks / 2), ceil(tokens / (8 TILES))].
 template <class F, int TILES>
-HEADRACE_KERNEL_OF(LINEAR_THREADS, 2) packed_linear(Linear p) {
+HEADRACE_KERNEL_OF(LINEAR_THREADS, 2)
+packed_linear(Linear p) {
     constexpr int TOKENS = TILES * TILE_TOKENS;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     uint8_t* const memory = shared_memory();
@@ -373,7 +373,8 @@ HEADRACE_KERNEL_OF(LINEAR_THREADS, 2) packed_linear(Linear p) {
 // Of more tokens. grid: [ceil(column blocks / 16), ceil(tokens / 32), 1, 2, 4 or 8]; a block of
 // several of the third dimension writes the partials of its lanes.
 template <class F>
-HEADRACE_KERNEL_OF(LINEAR_THREADS, 1) packed_linear_wide(Linear p) {
+HEADRACE_KERNEL_OF(LINEAR_THREADS, 1)
+packed_linear_wide(Linear p) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int lanes = LANES / static_cast<int>(gridDim.z);
     const int first_lane = static_cast<int>(blockIdx.z) * lanes;

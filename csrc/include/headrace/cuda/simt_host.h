@@ -228,8 +228,8 @@ inline void copy_async_16(void* to, const void* from, bool exists) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || (exists && reinterpret_cast<uintptr_t>(from) % 16))
         host::fail("an asynchronous copy is not aligned to 16 bytes");
     auto& group = host::machine.current->group;
-    group.push_back({static_cast<uint8_t*>(to),
-                     exists ? static_cast<const uint8_t*>(from) : nullptr});
+    group.push_back(
+        {static_cast<uint8_t*>(to), exists ? static_cast<const uint8_t*>(from) : nullptr});
     if (host::machine.schedule.early_copies) host::run_copies(group);
 }
 inline void copy_async_commit() {
