@@ -90,7 +90,6 @@ MAY_PRINT = {
     "headrace.deploy.local_cluster": "it is the command line of `make serve-ray`",
     "headrace_kernels.cuda.compile_gate": "it is a command line",
     "headrace_kernels.triton.compile_gate": "it is a command line",
-    "headrace_kernels.cuda.compile_gate": "it is a command line",
 }
 
 # Other engines, imported by the benchmarks where they are.
