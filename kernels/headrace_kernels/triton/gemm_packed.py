@@ -15,7 +15,8 @@ from torch import Tensor
 from headrace_kernels.packed_format import COLUMNS, GROUP, PackedFormat
 from headrace_kernels.triton.builds import Build
 
-DEQUANTIZE_GROUPS = 8
+DEQUANTIZE_GROUPS = 4
+DEQUANTIZE_WARPS = 8
 
 _NIBBLES = """{{
     .reg .b32 nibbles, exponent, one, zero;
@@ -195,7 +196,12 @@ def dequantize(weight: Tensor, fmt: PackedFormat, out: Tensor) -> None:
     """out = the weights of a packed tensor, rounded. out: [16 * blocks, In], contiguous."""
     blocks, groups, _ = weight.shape
     dequantize_kernel[(blocks, triton.cdiv(groups, DEQUANTIZE_GROUPS))](
-        weight, out, groups, **format_constants(fmt), GROUPS=DEQUANTIZE_GROUPS, num_warps=4
+        weight,
+        out,
+        groups,
+        **format_constants(fmt),
+        GROUPS=DEQUANTIZE_GROUPS,
+        num_warps=DEQUANTIZE_WARPS,
     )
 
 
@@ -205,6 +211,7 @@ def dequantize_build(fmt: PackedFormat) -> Build:
         kernel=dequantize_kernel,
         types={"weight": "*u8", "out": "*bf16", "groups": "i32"},
         constants={**format_constants(fmt), "GROUPS": DEQUANTIZE_GROUPS},
+        num_warps=DEQUANTIZE_WARPS,
     )
 
 

@@ -34,8 +34,11 @@ from headrace_kernels.triton.gemm_packed import (
 )
 from headrace_kernels.triton.gemm_tiles import (
     GROUP_TILES,
+    Hardware,
     Tiling,
     alignment,
+    hardware,
+    hardware_of,
     lacks_tensor_cores,
     parts_of,
     scratch,
@@ -206,11 +209,13 @@ def declines(facts: KernelFacts) -> str | None:
     return lacks_tensor_cores(facts)
 
 
-def tiling(tokens: int, bits: int, itemsize: int) -> Tiling:
+def tiling(tokens: int, bits: int, itemsize: int, on: Hardware) -> Tiling:
     """What the launcher and `builds` give the kernel; `itemsize` is that of x. It fits in 99 KB."""
     block_t, block_o = (16, 64) if tokens <= 16 else (32, 32) if tokens <= 32 else (64, 32)
     stage = GROUPS * GROUP * (block_o * bits // 8 + block_t * itemsize)
-    return Tiling(block_t, block_o, GROUPS * GROUP, GROUPS, max(2, min(6, STAGE_MEMORY // stage)))
+    most = 6 if on.capability < 100 else 4  # with more, registers spill on sm_100
+    stages = max(2, min(most, STAGE_MEMORY // stage))
+    return Tiling(block_t, block_o, GROUPS * GROUP, GROUPS, stages)
 
 
 def constants(
@@ -261,7 +266,7 @@ def quantized_linear(
     elif x.stride(1) != 1:
         x = x.contiguous()
     parts, part_inputs = parts_of(outputs, inputs)
-    tile = tiling(tokens, fmt.bits, x.element_size())
+    tile = tiling(tokens, fmt.bits, x.element_size(), hardware(x.device))
     split = splits(tokens, outputs, parts, tile, SPLIT_PROGRAMS)
     fixed = constants(
         tile,
@@ -337,7 +342,7 @@ def builds(arch: str) -> Iterator[Build]:
     """
     for fmt, tokens, (outputs, inputs), x in _cases():
         parts, _ = parts_of(outputs, inputs)
-        tile = tiling(tokens, fmt.bits, 4 if x == "fp32" else 2)
+        tile = tiling(tokens, fmt.bits, 4 if x == "fp32" else 2, hardware_of(arch))
         split = splits(tokens, outputs, parts, tile, SPLIT_PROGRAMS)
         whole = inputs % (GROUPS * GROUP) == 0
         tail = ", split" * split + ", a last step that is not full" * (not whole)
