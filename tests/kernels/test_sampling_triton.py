@@ -249,6 +249,12 @@ def test_logprobs_of_a_row_without_a_distribution_are_nan(broken: float) -> None
     assert ((top_ids >= 0) & (top_ids < 70)).all()
 
 
+def test_columns_out_of_range_leave_the_first_token() -> None:
+    """Nobody sends them; a kernel must not look for a token that is not there, all the same."""
+    made = sampling_columns(3, top_p=torch.tensor([0.0, -1, 0.5]), min_p=torch.tensor([0.0, 0, 7]))
+    assert sampled(torch.tensor([[0.0, 3, 2]] * 3), made).tolist() == [1] * 3
+
+
 def test_it_can_be_asked_for_by_name() -> None:
     facts = KernelFacts(device="cpu", arch="", dtype=torch.bfloat16, head_dim=64, page_size=64)
     chosen = choose(facts, {"sampling": "triton"})

@@ -180,7 +180,9 @@ def _random_token(
                 values, tokens, listed, size, floats, best, temperature, cut_key, cut_token
             )
             if to_draw:
+                # The first token stays, whatever top_p is.
                 going = mass.to(tl.float64) >= top_p.to(tl.float64) * total.to(tl.float64)
+                going = going & (mass > 0)
             else:
                 total = mass
     return drawn

@@ -125,7 +125,7 @@ def _rough_noise(words):
 @triton.jit
 def least_that_wins(first_score, min_p):
     """The scaled logit that min_p asks for, or what it takes to reach `first_score`."""
-    share = tl.where(min_p > 0, min_p, 1.0).to(tl.float64)
+    share = tl.where(min_p > 0, tl.minimum(min_p, 1.0), 1.0).to(tl.float64)
     least = tl.where(min_p > 0, tl.log(share).to(tl.float32), float("-inf"))
     return tl.maximum(least, first_score - _LARGEST_NOISE)
 
