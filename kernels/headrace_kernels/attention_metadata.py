@@ -20,7 +20,8 @@ class AttentionMetadata:
     """Where each request's tokens lie in the flat batch and in the paged KV cache.
 
     T may exceed the sum of the query lengths: rows behind the last request are padding, belong to
-    nobody and have slot -1. The device tensors and their host copies say the same.
+    nobody and have slot -1. The device tensors and their host copies say the same; or the copies
+    are of no requests: only the device knows, as in a CUDA graph, which is replayed with any.
     """
 
     query_start_loc: Tensor

@@ -84,10 +84,9 @@ def decode(
 
 
 def _only_decodes(metadata: AttentionMetadata) -> bool:
-    """Whether the host knows that; of a captured graph it knows nothing about the replays."""
+    """Whether the host knows the batch, as it does not in a captured graph, and it is so."""
     known = len(metadata.query_lens) == len(metadata.seq_lens)
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    return known and not capturing and bool((metadata.query_lens <= 1).all())
+    return known and bool((metadata.query_lens <= 1).all())
 
 
 def _plan(

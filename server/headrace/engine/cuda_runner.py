@@ -26,7 +26,6 @@ from headrace_kernels.attention_metadata import AttentionMetadata
 
 logger = logging.getLogger(__name__)
 
-NO_LENGTHS = np.empty(0, np.int32)
 NO_INDICES = np.empty(0, np.int64)
 
 
@@ -53,8 +52,6 @@ class CudaRunner:
         self._running = running
         self._device = device
         self._pad_to = pad_to
-        # The reference of attention reads lengths and blocks on the host.
-        self._attends_by_reference = dict(model.context.kernels.names)["attention"] == "reference"
         max_tokens = -(-max_num_batched_tokens // pad_to) * pad_to
         self.graphs = GraphBook(graph_sizes(max_tokens, pad_to) if graphs else ())
         self._hidden: dict[int, Tensor] = {}
@@ -119,12 +116,14 @@ class CudaRunner:
             hidden = self._hidden[size]
         return self._sampler.launch(batch, hidden, inputs, wanted)
 
-    def _forward(self, inputs: StepInputs, batch: ScheduledBatch) -> Tensor:
-        """[T', E]: enqueue a forward pass, op by op."""
-        query_lens = kv_lens = NO_LENGTHS
-        block_table = NO_LENGTHS.reshape(0, 0)
-        if self._attends_by_reference:
-            query_lens, kv_lens, block_table = self._on_the_host(batch)
+    def _forward(self, inputs: StepInputs, batch: ScheduledBatch | None) -> Tensor:
+        """[T', E]: enqueue a forward pass, op by op. Without `batch` the host does not know what
+        will be computed: a graph is replayed with any."""
+        capacity = self._running.capacity if batch is not None else 0
+        query_lens, kv_lens = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32)
+        block_table = self._running.block_table[:capacity]
+        if batch is not None:
+            query_lens[batch.rows], kv_lens[batch.rows] = batch.num_scheduled, batch.ends
         metadata = AttentionMetadata(
             query_start_loc=inputs.query_start_loc,
             seq_lens=inputs.seq_lens,
@@ -136,13 +135,6 @@ class CudaRunner:
         )
         hidden: Tensor = self._model(inputs.token_ids, inputs.positions, self._kv_layers, metadata)
         return hidden
-
-    def _on_the_host(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """query_lens, kv_lens and block table of all rows."""
-        capacity = self._running.capacity
-        query_lens, kv_lens = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32)
-        query_lens[batch.rows], kv_lens[batch.rows] = batch.num_scheduled, batch.ends
-        return query_lens, kv_lens, self._running.block_table
 
     def _try_capture(self, size: int) -> bool:
         """Whether there may be another one to capture. Without graphs steps are slower: no more."""
@@ -163,10 +155,10 @@ class CudaRunner:
         """Capture a step of `size` tokens, while none of the rows has any."""
         inputs = self._inputs.make(NO_WORK, size, NO_INDICES)
         # Loads the kernels, and makes the memory that all steps share: neither may happen later.
-        hidden = self._forward(inputs, NO_WORK)
+        hidden = self._forward(inputs, None)
         captured: list[Tensor] = []
         before = self._device.reserved_bytes()
-        graph = self._device.capture(lambda: captured.append(self._forward(inputs, NO_WORK)))
+        graph = self._device.capture(lambda: captured.append(self._forward(inputs, None)))
         growth = self._device.reserved_bytes() - before
         # What is outside of the pool keeps its place, and no tensor of the pool is kept: its
         # memory is that of the next graph, too.
