@@ -7,7 +7,7 @@ fp32 or fp64. Outputs are poisoned: what a kernel forgets to write is found.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -50,6 +50,10 @@ class Trial:
     """None: equal to the bit."""
     head_dim: int = 128
     page_size: int = 64
+    of_rows: Callable[[KernelSet, slice], Sequence[Tensor]] | None = None
+    """Runs the op on these rows alone, which a batch-invariant kernel gives the same bits."""
+    tolerances: Mapping[str, Tolerance] = field(default_factory=dict)
+    """Of candidates that round what others do not."""
 
 
 class Draw:
@@ -308,14 +312,32 @@ def _linear(machine: Machine, generator: torch.Generator) -> Trial:
     bias = draw.normal(outputs) if draw.integer(0, 1) else None
     out_dtype = draw.one_of([machine.dtype, torch.float32])
 
-    def call(kernels: KernelSet) -> Sequence[Tensor]:
-        out = draw.poisoned(rows, outputs, dtype=out_dtype)
-        kernels.linear(x, weight, bias, out)
+    def of_rows(kernels: KernelSet, own: slice) -> Sequence[Tensor]:
+        out = draw.poisoned(rows, outputs, dtype=out_dtype)[own]
+        kernels.linear(x[own], weight, bias, out)
         return (out,)
 
     expected = x.double() @ weight.double().t()
     expected = expected if bias is None else expected + bias
-    return Trial(f"{rows} x {inputs} -> {outputs}", call, (expected,), _of_sums("linear", inputs))
+    shape = f"{rows} x {inputs} -> {outputs}"
+    return _product(shape, of_rows, (expected,), _of_sums("linear", inputs))
+
+
+def _product(
+    shape: str,
+    of_rows: Callable[[KernelSet, slice], Sequence[Tensor]],
+    expected: Sequence[Tensor],
+    tolerance: Tolerance,
+    tolerances: Mapping[str, Tolerance] | None = None,
+) -> Trial:
+    return Trial(
+        shape,
+        lambda kernels: of_rows(kernels, slice(None)),
+        expected,
+        tolerance,
+        of_rows=of_rows,
+        tolerances=tolerances or {},
+    )
 
 
 def _of_sums(stem: str, inputs: int) -> Tolerance:
@@ -337,9 +359,9 @@ def _scaled_linear(machine: Machine, generator: torch.Generator) -> Trial:
     if blocks:
         weight_scale = 0.02 * (0.5 + draw.uniform(-(-outputs // 128), inputs // 128))
 
-    def call(kernels: KernelSet) -> Sequence[Tensor]:
-        out = draw.poisoned(rows, outputs)
-        kernels.scaled_linear(x, x_scale, weight, weight_scale, None, out)
+    def of_rows(kernels: KernelSet, own: slice) -> Sequence[Tensor]:
+        out = draw.poisoned(rows, outputs)[own]
+        kernels.scaled_linear(x[own], x_scale[own], weight, weight_scale, None, out)
         return (out,)
 
     by_row = x.double().view(*x_scale.shape, -1) * x_scale.double().unsqueeze(-1)
@@ -348,7 +370,7 @@ def _scaled_linear(machine: Machine, generator: torch.Generator) -> Trial:
         scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:outputs]
     expected = by_row.flatten(-2) @ (weight.double() * scale).t()
     shape = f"{rows} x {inputs} -> {outputs} {dtype} blocks {blocks}"
-    return Trial(shape, call, (expected,), _of_sums("linear", inputs))
+    return _product(shape, of_rows, (expected,), _of_sums("linear", inputs))
 
 
 def _quantized_linear(machine: Machine, generator: torch.Generator) -> Trial:
@@ -360,16 +382,21 @@ def _quantized_linear(machine: Machine, generator: torch.Generator) -> Trial:
     x = draw.normal(rows, inputs)
     ids = draw.integers(outputs, rows)
 
-    def call(kernels: KernelSet) -> Sequence[Tensor]:
-        out = draw.poisoned(rows, outputs)
-        table = draw.poisoned(rows, inputs, dtype=torch.float32)
-        kernels.quantized_linear(x, packed, fmt, 16, None, out)
-        kernels.quantized_embedding(ids, packed, fmt, table)
+    def of_rows(kernels: KernelSet, own: slice) -> Sequence[Tensor]:
+        out = draw.poisoned(rows, outputs)[own]
+        table = draw.poisoned(rows, inputs, dtype=torch.float32)[own]
+        kernels.quantized_linear(x[own], packed, fmt, 16, None, out)
+        kernels.quantized_embedding(ids[own], packed, fmt, table)
         return out, table
 
-    expected = (x.double() @ dense.t(), dense[ids])
+    expected = (x.bfloat16().double() @ dense.t(), dense[ids])  # as the op says of 16 bits
     shape = f"{rows} x {inputs} -> {outputs} {fmt}"
-    return Trial(shape, call, expected, _of_sums("linear", inputs))
+    base = _of_sums("linear", inputs)
+    # Weights of unit size err by up to 2^-8, in sums of random signs.
+    rounded = Tolerance(
+        base.absolute + 8 * 2**-8 * inputs**0.5, base.relative, "weights are rounded to bf16"
+    )
+    return _product(shape, of_rows, expected, base, {"cublas": rounded})
 
 
 def _sampling(machine: Machine, generator: torch.Generator) -> Trial:
