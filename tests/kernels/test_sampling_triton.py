@@ -173,7 +173,7 @@ def test_a_row_is_the_same_in_every_batch_and_at_every_alignment() -> None:
 def tile_kernel(scaled, seed, position, start, mass, words, rough, exact):
     at = tl.arange(0, sampling_tile.CHUNK)
     tl.store(mass, sampling_tile.mass_sum(tl.load(scaled + at)))
-    of_run = sampling_tile.words_of_run(seed, position, start)
+    of_run = sampling_tile.words_of_run(seed, position, start, sampling_tile.CHUNK)
     tl.store(words + at, of_run.to(tl.int64))
     picked = sampling_tile.words_of(seed, position, start + at)
     tl.store(words + sampling_tile.CHUNK + at, picked.to(tl.int64))

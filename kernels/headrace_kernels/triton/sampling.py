@@ -65,6 +65,8 @@ from headrace_kernels.triton.sampling_tile import (
 OPTIONS = {"enable_fp_fusion": False}
 """Of every launch: see sampling_tile.py."""
 WARPS, FINISH_WARPS = 8, 16
+DRAW_PART = tl.constexpr(1024)
+"""Of a chunk, that is drawn from at once: of more the registers spill on some architecture."""
 MIN_SLOTS = 64
 """Chunks of up to 262,144 tokens: models with fewer share what is compiled."""
 
@@ -253,14 +255,16 @@ def _draw_chunk(
     mass = tl.full([], 0, tl.int64)
     nearest = scaled_of(tl.load(floats + chunk), best, temperature)
     if (nearest >= least) | (weighed & (nearest >= NO_MASS)):
-        tokens = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits + tokens, mask=tokens < vocab, other=float("-inf"))
-        scaled = scaled_of(x, best, temperature)
-        if weighed:
-            mass = mass_sum(scaled)
-        if nearest >= least:
-            words = words_of_run(seed, position, chunk * CHUNK)
-            score, token = best_scored(scaled, tokens, scaled >= least, words, score, token)
+        for part in range(CHUNK // DRAW_PART):
+            start = chunk * CHUNK + part * DRAW_PART
+            tokens = start + tl.arange(0, DRAW_PART)
+            x = tl.load(logits + tokens, mask=tokens < vocab, other=float("-inf"))
+            scaled = scaled_of(x, best, temperature)
+            if weighed:
+                mass += mass_sum(scaled)
+            if nearest >= least:
+                words = words_of_run(seed, position, start, DRAW_PART)
+                score, token = best_scored(scaled, tokens, scaled >= least, words, score, token)
     tl.store(scores_of(floats, chunks) + chunk, score)
     tl.store(drawn_of(ints, chunks) + chunk, token)
     tl.store(sums + chunk, mass)

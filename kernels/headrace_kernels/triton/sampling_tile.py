@@ -85,14 +85,14 @@ def mass_sum(scaled):
 
 
 @triton.jit
-def words_of_run(seed, position, start):
-    """The noise words of the CHUNK tokens from `start`, a multiple of 4, on: uint32."""
-    counter = start // 4 + tl.arange(0, CHUNK // 4)
+def words_of_run(seed, position, start, SIZE: tl.constexpr):
+    """The noise words of the SIZE tokens from `start`, a multiple of 4, on: uint32."""
+    counter = start // 4 + tl.arange(0, SIZE // 4)
     w0, w1, w2, w3 = tl.philox(
         seed, counter, position.to(tl.int32), (position >> 32).to(tl.int32), 0
     )
     # Joined, the last index is that of the outer join: w0 w1 w2 w3 side by side.
-    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([CHUNK])
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape([SIZE])
 
 
 @triton.jit
