@@ -102,7 +102,7 @@ def test_the_plan_of_a_gpu_shows_how_its_memory_is_shared_out(checkpoint, monkey
         total_bytes=2 << 30,
         has_bf16=True,
     )
-    monkeypatch.setattr(plan, "probe", lambda device: gpu)
+    monkeypatch.setattr(plan, "probe", lambda *args, **options: gpu)
     assert cli.main(["plan", str(checkpoint), "--dtype", "bfloat16"]) == 0
     shown = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "2.00 GiB" in shown["GPU memory"] and "90% of it" in shown["GPU memory"]
