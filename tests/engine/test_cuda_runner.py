@@ -34,12 +34,21 @@ from headrace_kernels.ops import sampling as sampling_ops
 VOCAB_SIZE = 160  # of the checkpoint in conftest.py
 
 
-def cpu_engine(checkpoint, *, budget: int = 64, rows: int = 16, kv_bytes: int = 1 << 21) -> Engine:
+def cpu_engine(
+    checkpoint,
+    *,
+    budget: int = 64,
+    rows: int = 16,
+    kv_bytes: int = 1 << 21,
+    kv_dtype: str = "auto",
+) -> Engine:
     return build_engine(
         EngineConfig(
             model=str(checkpoint),
             model_options=ModelOptions(dtype="float32", max_model_len=256),
-            cache=CacheOptions(kv_cache_memory_bytes=kv_bytes, block_size=4),
+            cache=CacheOptions(
+                kv_cache_memory_bytes=kv_bytes, block_size=4, kv_cache_dtype=kv_dtype
+            ),
             scheduler=SchedulerOptions(max_num_seqs=rows, max_num_batched_tokens=budget),
             device=DeviceOptions(
                 device="cpu", threads=1, kernel=tuple(f"{stem}=reference" for stem in dispatch.OPS)
@@ -64,7 +73,7 @@ def cuda_engine(
         engine.device,
         num_blocks=engine.info.num_blocks,
         block_size=4,
-        kv_dtype=torch.float32,
+        kv_dtype=engine._runner._kv_layers[0].dtype,
         pad_to=8,
         max_num_batched_tokens=budget,
         graphs=graphs,
@@ -145,11 +154,14 @@ def assert_same(expected, actual) -> None:
         assert torch.equal(row, actual[0][key]), f"logits differ at (seed, position) {key}"
 
 
-@pytest.mark.parametrize(("graphs", "budget"), [("all", 64), ("few", 16), ("none", 40)])
-def test_the_bits_of_the_cpu_runner(checkpoint, logits_of, graphs, budget):
+@pytest.mark.parametrize(
+    ("graphs", "budget", "kv_dtype"),
+    [("all", 64, "int8"), ("few", 16, "auto"), ("none", 40, "auto")],
+)
+def test_the_bits_of_the_cpu_runner(checkpoint, logits_of, graphs, budget, kv_dtype):
     work = requests(10)
-    expected = logits_of(cpu_engine(checkpoint), work)
-    engine = cuda_engine(checkpoint, graphs=graphs != "none", budget=budget)
+    expected = logits_of(cpu_engine(checkpoint, kv_dtype=kv_dtype), work)
+    engine = cuda_engine(checkpoint, graphs=graphs != "none", budget=budget, kv_dtype=kv_dtype)
     while graphs == "all" and engine._runner.idle():
         pass
     engine.device.run_until(engine.device.enqueued)
