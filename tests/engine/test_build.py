@@ -10,7 +10,7 @@ from tests.engine.fake_cuda import FakeDevice, fake_kernels
 
 from headrace import cli
 from headrace.config import CacheOptions, DeviceOptions, EngineConfig, ModelOptions
-from headrace.engine import build, plan
+from headrace.engine import build, cuda_runner, plan
 from headrace.engine.build import build_engine
 from headrace.engine.memory import MemoryBudget
 from headrace.engine.resolution import Hardware
@@ -44,41 +44,50 @@ class FakeGpu(FakeDevice):
     def release_unused(self) -> None: ...
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_an_engine_on_a_gpu_measures_its_memory(checkpoint, monkeypatch, caplog, graphs):
-    """The path of build_engine on a GPU, with everything on the CPU but the name of the device."""
-    made: list[FakeGpu] = []
-
-    def device_of(device: torch.device) -> FakeGpu:
-        made.append(FakeGpu(device))
-        return made[-1]
-
-    def on_a_gpu(config):
-        found = plan.make_plan(config)
-        memory = MemoryBudget(
-            total=10_000_000, others=1_000_000, weights=1, activations=1, graphs=1
-        )
-        resolved = dataclasses.replace(found.resolved, device="cuda:0", memory=memory)
-        return dataclasses.replace(found, resolved=resolved)
-
-    load = build._load_model
-
-    def load_on_cpu(found, *rest):
-        resolved = dataclasses.replace(found.resolved, device="cpu")
-        model = load(dataclasses.replace(found, resolved=resolved), *rest)
-        model.context.kernels = fake_kernels(model.context.kernels, capturable=graphs)
-        return model
-
+@pytest.fixture
+def fake_gpu(checkpoint, monkeypatch):
+    """build_engine as on a GPU, with everything on the CPU but the name of the device: a function
+    of whether kernels can be captured that gives the configuration and the devices that are made.
+    """
     config = EngineConfig(
         model=str(checkpoint),
         model_options=ModelOptions(dtype="float32"),
         device=DeviceOptions(device="cpu", kernel=REFERENCES),
     )
-    facts = build.kernel_facts(plan.make_plan(config).resolved, plan.make_plan(config).model)
-    monkeypatch.setattr(build, "TorchCudaDevice", device_of)
-    monkeypatch.setattr(build, "make_plan", on_a_gpu)
-    monkeypatch.setattr(build, "_load_model", load_on_cpu)
-    monkeypatch.setattr(build, "kernel_facts", lambda *_: facts)
+    on_cpu = plan.make_plan(config)
+    facts, load = build.kernel_facts(on_cpu.resolved, on_cpu.model), build._load_model
+
+    def on_a_gpu(config):
+        memory = MemoryBudget(
+            total=10_000_000, others=1_000_000, weights=1, activations=1, graphs=1
+        )
+        resolved = dataclasses.replace(on_cpu.resolved, device="cuda:0", memory=memory)
+        return dataclasses.replace(on_cpu, resolved=resolved)
+
+    def set_up(graphs: bool) -> tuple[EngineConfig, list[FakeGpu]]:
+        made: list[FakeGpu] = []
+
+        def load_on_cpu(found, *rest):
+            model = load(dataclasses.replace(found, resolved=on_cpu.resolved), *rest)
+            model.context.kernels = fake_kernels(model.context.kernels, capturable=graphs)
+            return model
+
+        def device_of(device: torch.device) -> FakeGpu:
+            made.append(FakeGpu(device))
+            return made[-1]
+
+        monkeypatch.setattr(build, "TorchCudaDevice", device_of)
+        monkeypatch.setattr(build, "make_plan", on_a_gpu)
+        monkeypatch.setattr(build, "_load_model", load_on_cpu)
+        monkeypatch.setattr(build, "kernel_facts", lambda *_: facts)
+        return config, made
+
+    return set_up
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_an_engine_on_a_gpu_measures_its_memory(fake_gpu, caplog, graphs):
+    config, made = fake_gpu(graphs)
     engine = build_engine(config)
     assert len(made) == 1 and made[0].free == []
     # 90% of 10 MB, without 1 MB of others, 1 MB of weights, 1 MB of activations, 20 kB a graph.
@@ -91,6 +100,20 @@ def test_an_engine_on_a_gpu_measures_its_memory(checkpoint, monkeypatch, caplog,
         assert engine._runner.graphs.captured == [256] and num_graphs == 20
     else:
         assert "without CUDA graphs: the references of activation, attention" in caplog.text
+
+
+def test_memory_that_is_gone_when_the_cache_is_made_is_told_with_a_remedy(fake_gpu, monkeypatch):
+    config, _ = fake_gpu(False)
+    make = cuda_runner.kv_layers
+
+    def scarce(model, *, num_blocks, **options):
+        if num_blocks > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(model, num_blocks=num_blocks, **options)
+
+    monkeypatch.setattr(cuda_runner, "kv_layers", scarce)
+    with pytest.raises(ConfigError, match="does not fit on cuda:0, .* --kv-cache-memory-bytes"):
+        build_engine(config)
 
 
 def test_the_plan_of_a_gpu_shows_how_its_memory_is_shared_out(checkpoint, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from headrace.config import EngineConfig
+from headrace.config import GIB, EngineConfig
 from headrace.engine.block_pool import BlockPool
 from headrace.engine.client import ModelInfo
 from headrace.engine.cpu_runner import CpuRunner
@@ -69,8 +69,15 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     if resolved.device != "cpu":
         device = TorchCudaDevice(torch.device(resolved.device))
         resolved = _measured(config, resolved, model, device)
-    engine, load = _assemble(resolved, model, device), time.monotonic() - start
-    engine.info = replace(engine.info, load_seconds=load)
+    try:
+        engine = _assemble(resolved, model, device)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"A KV cache of {resolved.kv_cache_bytes / GIB:.1f} GiB does not fit on "
+            f"{resolved.device}, though so much was free before. Free memory that others took "
+            "meanwhile, or give a smaller --kv-cache-memory-bytes."
+        ) from None
+    engine.info = replace(engine.info, load_seconds=time.monotonic() - start)
     return engine
 
 
