@@ -21,8 +21,9 @@ FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 """By the code that cuda_host.cpp knows them by."""
-SCHEDULES = range(6)
-"""Threads ascending, descending, at random; asynchronous copies as late or as early as allowed."""
+SCHEDULES = range(8)
+"""Threads ascending, descending, at random; asynchronous copies as late or as early as allowed;
+warps side by side, or each as far ahead of the others as it comes."""
 
 SHARED_LIMIT = 163 << 10
 """Bytes a block of sm_80, the least that these kernels are built for."""

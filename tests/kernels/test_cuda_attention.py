@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -218,7 +218,9 @@ def test_requests_of_other_query_lengths_are_left_to_others() -> None:
 def test_no_schedule_changes_a_bit() -> None:
     expected = run(Case())
     for schedule in SCHEDULES:
-        assert all(map(torch.equal, run(Case(schedule=schedule)), expected)), schedule
+        for capacity in (64, 0):
+            rows = run(Case(schedule=schedule, capacity=capacity))
+            assert all(map(torch.equal, rows, expected)), (schedule, capacity)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=str)
@@ -232,9 +234,15 @@ def test_neither_splits_nor_blocks_nor_company_change_a_bit(cache_dtype: torch.d
         assert torch.equal(alone, row)
 
 
-def test_more_requests_than_a_block_plans_at_once() -> None:
-    lengths = [(1, 1 + 7 * i % 40) if i % 3 else (0, 5) for i in range(300)]
-    run(Case(lengths=[*lengths, (1, 700)], heads=(1, 1, 64)))
+def test_many_chunks_are_folded_as_by_one_block() -> None:
+    case = Case(lengths=((1, 4700), (1, 9)), heads=(1, 1, 64))
+    assert all(map(torch.equal, run(case), run(replace(case, capacity=0))))
+
+
+@pytest.mark.parametrize("schedule", [0, 6, 7])
+def test_more_requests_than_a_block_plans_at_once(schedule: int) -> None:
+    lengths = [(1, 1 + 7 * i % 40) if i % 9 == 0 else (0, 5) for i in range(300)]
+    run(Case(lengths=[(1, 700), *lengths, (1, 700)], heads=(1, 1, 64), schedule=schedule))
 
 
 @pytest.mark.parametrize(("dim", "dtype", "cache_dtype"), FORMATS)

@@ -33,10 +33,10 @@ def test_the_digest_follows_every_source(tmp_path: Path) -> None:
     folders = [tmp_path / "csrc" / "cuda", tmp_path / "csrc" / "include" / "headrace" / "cuda"]
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / "one").write_text("1")
+        (folder / "one.cuh").write_text("1")
     seen = {nvcc.digest(tmp_path)}
     for folder in folders:
-        (folder / "one").write_text("2")
+        (folder / "one.cuh").write_text("2")
         seen.add(nvcc.digest(tmp_path))
     assert len(seen) == 3
 

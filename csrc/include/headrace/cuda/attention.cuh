@@ -358,21 +358,32 @@ struct Combine {
 // The partials of one context and head, by one warp.
 template <int D, class T>
 HEADRACE_DEVICE void fold_head(const Combine<T>& c, const Fold& which, int head, int lane) {
+    constexpr int BATCH = 8, OWN = D / 32;  // BATCH: chunks that are read before the first is used
     Sum total = {-HEADRACE_INFINITY, 0.0F};
-    float values[D / 32] = {};
-    HEADRACE_UNROLL_BY(4)
-    for (int i = 0; i < which.chunks; ++i) {
-        const int64_t from = int64_t{which.slot + i} * c.heads + head;
-        const Sum sum = c.sums[from];
-        const FoldWeights w = fold_weights(total.largest, sum.largest);
-        total = {w.largest, fold(w, total.total, sum.total)};
+    float values[OWN] = {};
+    for (int first = 0; first < which.chunks; first += BATCH) {
+        Sum sums[BATCH];
+        float parts[BATCH][OWN];
         HEADRACE_UNROLL
-        for (int k = 0; k < D / 32; ++k)
-            values[k] = fold(w, values[k], c.partials[from * D + 32 * k + lane]);
+        for (int i = 0; i < BATCH; ++i) {
+            if (first + i >= which.chunks) continue;
+            const int64_t from = int64_t{which.slot + first + i} * c.heads + head;
+            sums[i] = c.sums[from];
+            HEADRACE_UNROLL
+            for (int k = 0; k < OWN; ++k) parts[i][k] = c.partials[from * D + 32 * k + lane];
+        }
+        HEADRACE_UNROLL
+        for (int i = 0; i < BATCH; ++i) {
+            if (first + i >= which.chunks) continue;
+            const FoldWeights w = fold_weights(total.largest, sums[i].largest);
+            total = {w.largest, fold(w, total.total, sums[i].total)};
+            HEADRACE_UNROLL
+            for (int k = 0; k < OWN; ++k) values[k] = fold(w, values[k], parts[i][k]);
+        }
     }
     T* const out = c.out + which.row * c.out_stride + head * D;
     HEADRACE_UNROLL
-    for (int k = 0; k < D / 32; ++k) out[32 * k + lane] = from_float<T>(values[k] / total.total);
+    for (int k = 0; k < OWN; ++k) out[32 * k + lane] = from_float<T>(values[k] / total.total);
 }
 
 // Folds what was split, and writes zeros to rows that belong to no request. grid: [any,

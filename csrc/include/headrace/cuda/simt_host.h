@@ -1,7 +1,8 @@
 // Runs the CUDA kernels on a host: one block after another, its threads as coroutines. For tests:
 // what they compute, not how fast. It also finds what a correct result of a lucky schedule hides:
-// shared memory is poisoned, its end is guarded, threads run in a chosen order, and asynchronous
-// copies are made as late or as early as the rules allow.
+// shared memory is poisoned, its end is guarded, threads run in a chosen order, warps side by side
+// or far ahead of each other, and asynchronous copies are made as late or as early as the rules
+// allow.
 #pragma once
 
 #include <setjmp.h>
@@ -39,6 +40,8 @@ namespace host {
 struct Schedule {
     enum Order { ASCENDING, DESCENDING, RANDOM } order = ASCENDING;
     bool early_copies = false;
+    // A warp runs on until it has to wait for another one.
+    bool far_ahead = false;
 };
 
 [[noreturn]] inline void fail(const char* what) {
@@ -167,23 +170,40 @@ inline void start_block(unsigned threads, size_t shared_bytes) {
     }
 }
 
+// Lets each of the threads run until it waits; whether any is left.
+inline bool run_threads(const unsigned* threads, unsigned count) {
+    bool left = false;
+    for (unsigned i = 0; i < count; ++i) {
+        Thread& thread = machine.threads[threads[i]];
+        if (!thread.done) resume(thread, threads[i]);
+        left |= !thread.done;
+    }
+    return left;
+}
+
 inline void run_block(unsigned threads, size_t shared_bytes, std::mt19937& random) {
     start_block(threads, shared_bytes);
     std::vector<unsigned> order(threads);
     for (unsigned i = 0; i < threads; ++i) {
         order[i] = machine.schedule.order == Schedule::DESCENDING ? threads - 1 - i : i;
     }
-    for (bool running = true; running;) {
+    const unsigned step = machine.schedule.far_ahead ? LANES : threads;
+    for (bool left = true; left;) {
         if (machine.schedule.order == Schedule::RANDOM)
             std::shuffle(order.begin(), order.end(), random);
         const int64_t before = machine.progress;
-        running = false;
-        for (const unsigned index : order) {
-            if (machine.threads[index].done) continue;
-            resume(machine.threads[index], index);
-            running |= !machine.threads[index].done;
+        left = false;
+        for (unsigned first = 0; first < threads; first += step) {
+            int64_t last = -1;
+            bool left_here = true;
+            while (left_here && machine.progress != last) {
+                last = machine.progress;
+                left_here = run_threads(order.data() + first, std::min(step, threads - first));
+                if (!machine.schedule.far_ahead) break;
+            }
+            left |= left_here;
         }
-        if (running && machine.progress == before) fail("threads wait for each other");
+        if (left && machine.progress == before) fail("threads wait for each other");
     }
     for (int i = 0; i < GUARD_BYTES; ++i) {
         if (machine.shared[shared_bytes + i] != 0xff) fail("wrote beyond the shared memory");
