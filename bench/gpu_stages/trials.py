@@ -370,7 +370,13 @@ def _scaled_linear(machine: Machine, generator: torch.Generator) -> Trial:
         scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:outputs]
     expected = by_row.flatten(-2) @ (weight.double() * scale).t()
     shape = f"{rows} x {inputs} -> {outputs} {dtype} blocks {blocks}"
-    return _product(shape, of_rows, (expected,), _of_sums("linear", inputs))
+    tolerance = _of_sums("linear", inputs)
+    if dtype == torch.float8_e4m3fn:
+        # DeepSeek-V3, arXiv 2412.19437, section 3.3.2: up to 2 % where all of K is summed so.
+        size = float(expected.square().mean().sqrt())
+        reason = "tensor cores of sm_90 keep 14 bits of a sum of 128 products"
+        tolerance = Tolerance(tolerance.absolute + 2**-8 * size, tolerance.relative, reason)
+    return _product(shape, of_rows, (expected,), tolerance)
 
 
 def _quantized_linear(machine: Machine, generator: torch.Generator) -> Trial:
