@@ -394,7 +394,11 @@ def _kernels(args: argparse.Namespace) -> int:
     _stdout().print(f"{plan.hardware.name}: {device}\n")
     facts = kernel_facts(plan.resolved, plan.model)
     table = Table("op", "kernel", "chosen", "reason", box=None, pad_edge=False)
-    for decision in dispatch.explain(facts, explicit_kernels(plan.resolved.kernel)):
+    try:
+        decisions = dispatch.explain(facts, explicit_kernels(plan.resolved.kernel))
+    except dispatch.KernelUnavailableError as error:
+        raise ConfigError(f"--kernel: {error}") from None
+    for decision in decisions:
         chosen = "yes" if decision.chosen else ""
         table.add_row(decision.stem, decision.candidate, chosen, decision.reason)
     _stdout().print(table)
