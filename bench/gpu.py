@@ -6,8 +6,9 @@
 
 Stages: `check` holds every kernel against its reference and writes verified.json, which is what
 lets dispatch choose it; `kernels` times each against its limit and against other libraries;
-`engine` runs the engine end to end on random weights of real shapes; `peers` runs the same on other
-engines that can be imported. Each ends within --budget seconds, writes its JSON after every case,
+`engine` asks whether requests alone, batched, after cache hits and preempted get the same bits, and
+runs the engine end to end on random weights of real shapes; `peers` runs the same on other engines
+that can be imported. Each ends within --budget seconds, writes its JSON after every case,
 and when it is started again goes on with the cases that are missing. Needs torch, triton and numpy;
 transformers for `peers`.
 """
@@ -16,17 +17,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.gpu_stages import check, engine, kernels, peers  # noqa: E402
+from bench.gpu_stages import check, engine, invariance, kernels, peers  # noqa: E402
 from bench.gpu_stages.machine import Machine  # noqa: E402
 from bench.gpu_stages.record import Case, Record  # noqa: E402
 
-STAGES = {"check": check, "kernels": kernels, "engine": engine, "peers": peers}
+
+def _engine_cases(machine: Machine) -> Iterator[Case]:
+    yield from invariance.cases(machine)
+    yield from engine.cases(machine)
+
+
+STAGES: dict[str, Callable[[Machine], Iterator[Case]]] = {
+    "check": check.cases,
+    "kernels": kernels.cases,
+    "engine": _engine_cases,
+    "peers": peers.cases,
+}
 
 
 def main() -> int:
@@ -49,7 +61,7 @@ def main() -> int:
         parser.error(machine)
     record = Record.open(options.out, machine.describe(ROOT, options.commit))
     for name in options.stages or STAGES:
-        cases: Iterator[Case] = STAGES[name].cases(machine)
+        cases: Iterator[Case] = STAGES[name](machine)
         record.run(name, cases, only=options.only, again=options.again, budget=options.budget)
         if name == "check":
             check.vouch(machine, record)
