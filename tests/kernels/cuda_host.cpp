@@ -169,7 +169,11 @@ extern "C" {
 int linear(const LinearArguments* a, int schedule) {
     int bytes = 0;
     with_packed_format(a->code, [&](auto format) {
+        const int64_t blocks = (a->outputs + COLUMNS - 1) / COLUMNS;
+        host::machine.readable_begin = a->weight;
+        host::machine.readable_end = a->weight + blocks * a->groups * decltype(format)::BYTES;
         multiply<decltype(format)>(*a, schedule);
+        host::machine.readable_begin = host::machine.readable_end = nullptr;
         bytes = LINEAR_MEMORY<decltype(format)>;
     });
     return bytes;

@@ -87,6 +87,9 @@ struct Machine {
     const std::function<void()>* kernel = nullptr;
     Schedule schedule;
     int64_t progress = 0;
+    // What asynchronous copies may read, if a test says so.
+    const uint8_t* readable_begin = nullptr;
+    const uint8_t* readable_end = nullptr;
 };
 inline Machine machine;
 
@@ -247,6 +250,10 @@ T shuffle_xor(T value, int mask) {
 inline void copy_async_16(void* to, const void* from, bool exists) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || (exists && reinterpret_cast<uintptr_t>(from) % 16))
         host::fail("an asynchronous copy is not aligned to 16 bytes");
+    const auto* const begin = static_cast<const uint8_t*>(from);
+    const host::Machine& m = host::machine;
+    if (exists && m.readable_end && (begin < m.readable_begin || begin + 16 > m.readable_end))
+        host::fail("an asynchronous copy reads beyond its tensor");
     auto& group = host::machine.current->group;
     group.push_back(
         {static_cast<uint8_t*>(to), exists ? static_cast<const uint8_t*>(from) : nullptr});
