@@ -16,7 +16,7 @@ from bench.gpu_stages.machine import Machine
 from torch import Tensor
 
 from headrace_kernels.kernel_set import KernelSet
-from headrace_kernels.kv_format import from_pages, row_size, values_and_scales
+from headrace_kernels.kv_format import row_size, values_and_scales
 from headrace_kernels.ops.step_inputs import SAMPLING_WORDS
 from headrace_kernels.packed_format import FORMATS
 from headrace_kernels.reference import activation as reference_activation
@@ -28,7 +28,7 @@ from headrace_kernels.reference import step_inputs as reference_step_inputs
 from headrace_kernels.testing import (
     TOLERANCES,
     Tolerance,
-    naive_attention,
+    expected_attention,
     poisoned,
     ragged_batch,
     random_cache,
@@ -263,14 +263,7 @@ def _attention(machine: Machine, generator: torch.Generator) -> Trial:
         kernels.paged_attention(own_q, own_cache, metadata, dim**-0.5, window, soft_cap, out)
         return (out,)
 
-    expected = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, kv_heads, dim)
-    begin = 0
-    for request, query_len in enumerate(batch.query_lens.tolist()):
-        keys, values = by_slot[:, batch.slots_of(request)]
-        own = slice(begin, begin + query_len)
-        expected[own] = naive_attention(q[own], keys, values, dim**-0.5, window, soft_cap)
-        begin += query_len
+    expected = expected_attention(q, cache, batch, window, soft_cap)
     shape = f"{lengths} {heads}/{kv_heads}/{dim} {kv_dtype} window {window} cap {soft_cap}"
     return Trial(shape, call, (expected,), _tolerance("attention"), dim, 64)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headrace_kernels.attention_metadata import AttentionMetadata
-from headrace_kernels.kv_format import to_pages
+from headrace_kernels.kv_format import from_pages, to_pages
 from headrace_kernels.packed_format import GROUP, PackedFormat
 from headrace_kernels.packed_weight import pack_into
 
@@ -200,6 +200,29 @@ def naive_attention(
         hidden = hidden | (token <= position - sliding_window)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hql,lhd->qhd", weights, v)
+
+
+def expected_attention(
+    q: Tensor,
+    cache: Tensor,
+    batch: RaggedBatch,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """What attention has to make of a batch, in float64, request by request; 0 for padding.
+
+    q: [T, H, D]; cache: [B, 2, K, P, row_size(D)]. The scale is D^-0.5.
+    """
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
+    begin = 0
+    for request, query_len in enumerate(batch.query_lens.tolist()):
+        keys, values = by_slot[:, batch.slots_of(request)]
+        rows = slice(begin, begin + query_len)
+        scale = q.shape[-1] ** -0.5
+        out[rows] = naive_attention(q[rows], keys, values, scale, window, soft_cap)
+        begin += query_len
+    return out
 
 
 def random_packed(fmt: PackedFormat, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace_kernels.kv_format import from_pages, values_and_scales, write_tokens
+from headrace_kernels.kv_format import values_and_scales, write_tokens
 from headrace_kernels.ops.attention import AttentionMetadata, paged_attention
 from headrace_kernels.reference import attention_plan
 from headrace_kernels.testing import (
@@ -19,33 +19,13 @@ from headrace_kernels.testing import (
     RaggedBatch,
     Tolerance,
     assert_close,
-    naive_attention,
+    expected_attention,
     poisoned,
     ragged_batch,
     random_cache,
 )
 
 pytestmark = pytest.mark.usefixtures("implementation")
-
-
-def expected_attention(
-    q: Tensor,
-    cache: Tensor,
-    batch: RaggedBatch,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> Tensor:
-    """The oracle, request by request; 0 for padding."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
-    begin = 0
-    for request, query_len in enumerate(batch.query_lens):
-        keys, values = by_slot[:, batch.slots_of(request)]
-        rows = slice(begin, begin + int(query_len))
-        scale = q.shape[-1] ** -0.5
-        out[rows] = naive_attention(q[rows], keys, values, scale, window, soft_cap)
-        begin += int(query_len)
-    return out
 
 
 def forget_other_slots(cache: Tensor, batch: RaggedBatch) -> None:

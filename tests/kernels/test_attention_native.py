@@ -17,6 +17,7 @@ from headrace_kernels.testing import (
     TOLERANCES,
     RaggedBatch,
     assert_close,
+    expected_attention,
     naive_attention,
     poisoned,
     ragged_batch,
@@ -29,18 +30,6 @@ cpu_attention = pytest.importorskip("headrace_kernels.cpu.attention")
 
 LONG = [(1, 1500), (1, 700), (3, 900), (70, 600), (1, 256), (1, 257), (1, 30)]
 """Contexts of up to six splits of 256 tokens."""
-
-
-def expected_rows(q: Tensor, cache: Tensor, batch: RaggedBatch, window: int | None) -> Tensor:
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
-    begin = 0
-    for request, query_len in enumerate(batch.query_lens.tolist()):
-        keys, values = by_slot[:, batch.slots_of(request)]
-        rows = slice(begin, begin + query_len)
-        out[rows] = naive_attention(q[rows], keys, values, q.shape[-1] ** -0.5, window)
-        begin += query_len
-    return out
 
 
 def run(q: Tensor, cache: Tensor, batch: RaggedBatch, window: int | None = None) -> Tensor:
@@ -79,7 +68,9 @@ def test_splits_and_threads_change_no_bit(
     try:
         native.set_num_threads(1)
         whole = run(q, cache, batch, window)
-        assert_close(whole, expected_rows(q, cache, batch, window), TOLERANCES["attention", dtype])
+        assert_close(
+            whole, expected_attention(q, cache, batch, window), TOLERANCES["attention", dtype]
+        )
         for threads in (2, 3, 16):
             native.set_num_threads(threads)
             for partial_bytes in (0, 20_000, 16 << 20):
@@ -152,7 +143,7 @@ def test_head_sizes_page_sizes_and_types(
     batch = ragged_batch([(1, 90), (33, 70), (1, 1), (1, 260)], page_size, rng)
     cache = random_cache(batch.num_blocks, heads[1], page_size, heads[2], dtype=kv_dtype)
     q = torch.randn(batch.num_rows, heads[0], heads[2]).to(q_dtype)
-    expected = expected_rows(q, cache, batch, None)
+    expected = expected_attention(q, cache, batch, None)
     assert_close(run(q, cache, batch), expected, TOLERANCES["attention", q_dtype])
 
 
@@ -174,10 +165,10 @@ def test_what_the_kernel_does_not_take_goes_to_the_reference(rng: np.random.Gene
     cache = random_cache(batch.num_blocks, 2, 16, 32)
     q = torch.randn(32, 4, batch.num_rows).permute(2, 1, 0)
     tolerance = TOLERANCES["attention", torch.float32]
-    assert_close(run(q, cache, batch), expected_rows(q, cache, batch, None), tolerance)
+    assert_close(run(q, cache, batch), expected_attention(q, cache, batch, None), tolerance)
     out = poisoned(*q.shape, dtype=torch.float64)
     cpu_attention.paged_attention(q, cache, batch.metadata(), 32**-0.5, None, None, out)
-    assert_close(out, expected_rows(q, cache, batch, None), tolerance)
+    assert_close(out, expected_attention(q, cache, batch, None), tolerance)
 
 
 def test_nan_stays_in_its_request(isa: str, rng: np.random.Generator) -> None:

@@ -18,6 +18,7 @@ from headrace_kernels.testing import (
     RaggedBatch,
     Tolerance,
     assert_close,
+    expected_attention,
     naive_attention,
     poisoned,
     ragged_batch,
@@ -86,25 +87,6 @@ def run(
     return out
 
 
-def expected(
-    q: Tensor,
-    cache: Tensor,
-    batch: RaggedBatch,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> Tensor:
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    by_slot = from_pages(cache).permute(1, 0, 3, 2, 4).reshape(2, -1, cache.shape[2], q.shape[-1])
-    begin = 0
-    for request, query_len in enumerate(batch.query_lens.tolist()):
-        keys, values = by_slot[:, batch.slots_of(request)]
-        rows = slice(begin, begin + query_len)
-        scale = q.shape[-1] ** -0.5
-        out[rows] = naive_attention(q[rows], keys, values, scale, window, soft_cap)
-        begin += query_len
-    return out
-
-
 def check(
     lengths: Sequence[tuple[int, int]],
     heads: tuple[int, int, int],
@@ -119,7 +101,7 @@ def check(
     cache = filled_cache(batch, heads[1], heads[2], kv_dtype or dtype)
     q = torch.randn(batch.num_rows, heads[0], heads[2]).to(dtype)
     out = run(q, cache, batch, window, soft_cap)
-    assert_close(out, expected(q, cache, batch, window, soft_cap), TOLERANCE[dtype])
+    assert_close(out, expected_attention(q, cache, batch, window, soft_cap), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("lengths", RAGGED_LENGTHS.values(), ids=RAGGED_LENGTHS.keys())
