@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -103,6 +104,11 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
 
     kernels = commands.add_parser("kernels", help="show which kernel each op uses here, and why")
     _add_model(kernels)
+    kernels.add_argument(
+        "--compile",
+        action="store_true",
+        help="load the model once, so that what a GPU runs is compiled before a server starts",
+    )
     _add_options(kernels, server=False)
     kernels.set_defaults(run=_kernels)
 
@@ -411,7 +417,21 @@ def _kernels(args: argparse.Namespace) -> int:
             )
             table.add_row(names, row.stored, f"{row.parameters:,}", row.reason)
         _stdout().print("", table)
+    if args.compile:
+        _compile(config)
     return 0
+
+
+def _compile(config: EngineConfig) -> None:
+    """An engine compiles what its steps run before it is ready; the compiler's cache keeps it."""
+    from headrace.engine.build import build_engine
+
+    start = time.monotonic()
+    engine = build_engine(_with_local_model(config))
+    if engine.info.device == "cpu":
+        _stdout().print("\nThe kernels of a CPU are compiled when Headrace is installed.")
+    else:
+        _stdout().print(f"\nCompiled and loaded in {time.monotonic() - start:.1f} s.")
 
 
 def _with_local_model(config: EngineConfig) -> EngineConfig:
