@@ -52,6 +52,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=420.0, help="seconds for each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", default="", help="what runs, where there is no git to ask")
+    parser.add_argument("--no-build", action="store_true", help="leave CUDA C++ as it is")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on a CPU")
     options = parser.parse_args()
     if unknown := set(options.stages) - STAGES.keys():
@@ -59,6 +60,8 @@ def main() -> int:
     machine = Machine.find(dry_run=options.dry_run, seed=options.seed)
     if isinstance(machine, str):
         parser.error(machine)
+    if not machine.dry_run and not options.no_build:
+        machine.build_cuda_kernels(ROOT)
     record = Record.open(options.out, machine.describe(ROOT, options.commit))
     for name in options.stages or STAGES:
         cases: Iterator[Case] = STAGES[name](machine)

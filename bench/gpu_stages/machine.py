@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +74,30 @@ class Machine:
         from triton.testing import do_bench_cudagraph
 
         return float(do_bench_cudagraph(call, rep=60, return_mode="median")) * 1000
+
+    def build_cuda_kernels(self, root: Path) -> None:
+        """Compile CUDA C++ for this architecture, unless that was done since its sources changed.
+
+        Before anything asks for those kernels. Without nvcc they are left out, with a line.
+        """
+        folders = (root / "csrc" / "cuda", root / "csrc" / "include" / "headrace" / "cuda")
+        sources = [path for folder in folders for path in folder.iterdir()]
+        built = list((root / "kernels" / "headrace_kernels").glob("_CUDA*.so"))
+        newest = max(path.stat().st_mtime for path in sources)
+        if built and built[0].stat().st_mtime > newest:
+            return
+        number = self.arch.removeprefix("sm_")
+        architecture = f"{number[:-1]}.{number[-1]}" + ("a" if number == "90" else "")
+        done = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=root,
+            env={**os.environ, "TORCH_CUDA_ARCH_LIST": architecture},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode or "warning: no CUDA kernels" in done.stderr:
+            print(f"CUDA C++ is left out: {(done.stderr or done.stdout)[-1500:]}")
 
     def describe(self, root: Path, commit: str) -> dict[str, Any]:
         """What a record must agree on for its cases to stand beside each other."""
