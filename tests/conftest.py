@@ -16,12 +16,15 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 # As the engine process does: workers that spin are very slow when tests share their cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Triton asks when it decorates a kernel, its own included. bench/gpu.py checks them compiled.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
 RECORDED_VERSIONS = ("torch", "triton", "tokenizers", "transformers", "openai", "ray", "fastapi")
@@ -40,6 +43,33 @@ def _same_seeds() -> None:
     np.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def ascending_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, tl.dot adds products in ascending order, all rows alike, as a tensor core does;
+    numpy's BLAS goes by size and position."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        total, a_data, b_data = (
+            d.data,
+            *(_numbers(operand).astype(d.data.dtype) for operand in (a, b)),
+        )
+        for k in range(a_data.shape[-1]):
+            total = total + a_data[..., k : k + 1] * b_data[..., k : k + 1, :]
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+def _numbers(operand: Any) -> Any:
+    """Of an operand of tl.dot, which are its bits if they are e4m3."""
+    import torch
+
+    if operand.data.dtype == np.uint8:
+        return torch.from_numpy(operand.data).view(torch.float8_e4m3fn).float().numpy()
+    return operand.data
 
 
 @pytest.fixture(scope="session")

@@ -175,9 +175,8 @@ def test_the_bits_of_the_cpu_runner(checkpoint, logits_of, graphs, budget, kv_dt
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_triton_kernels_that_there_are(checkpoint, logits_of, monkeypatch):
+def test_the_triton_kernels_that_there_are(checkpoint, logits_of):
     """Interpreted, in replayed graphs, where attention knows the batch from the device alone."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     work = requests(3, longest=12, max_tokens=6)
     expected, outputs = logits_of(cpu_engine(checkpoint), work)
     engine = cuda_engine(checkpoint, triton=True, rows=3, budget=16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ from headrace.config import (
 )
 from headrace.engine.build import build_engine
 from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace_kernels import dispatch
 
 Logits = dict[tuple[int, int], torch.Tensor]
 
+TRITON = "headrace_kernels.triton"
 # Of the checkpoint in conftest.py.
 VOCAB_SIZE, LAYERS, KV_HEADS, HEAD_DIM = 160, 2, 2, 16
 
@@ -57,16 +61,23 @@ class Recorder:
         budget: int = 256,
         kv_bytes: int = 1 << 21,
         keep_every: int = 1,
+        kernel: tuple[str, ...] = (),
+        max_model_len: int = 256,
     ) -> None:
         self.engine = build_engine(
             EngineConfig(
                 model=str(checkpoint),
-                model_options=ModelOptions(dtype=dtype, max_model_len=256),
+                model_options=ModelOptions(dtype=dtype, max_model_len=max_model_len),
                 cache=CacheOptions(
                     kv_cache_memory_bytes=kv_bytes, block_size=4, kv_cache_dtype=kv_dtype
                 ),
                 scheduler=SchedulerOptions(max_num_seqs=16, max_num_batched_tokens=budget),
-                device=DeviceOptions(device="cpu", threads=2 if keep_every > 1 else 1),
+                device=DeviceOptions(
+                    device="cpu",
+                    threads=2 if keep_every > 1 else 1,
+                    deterministic=True,
+                    kernel=kernel,
+                ),
             )
         )
         self.logits: Logits = {}
@@ -180,5 +191,43 @@ def test_real_weights(smollm2_path, dtype, kv_dtype, count):
     row_bytes = 64 + 4 if kv_dtype == "int8" else 64 * (4 if dtype == "float32" else 2)
     room = 256 * 2 * 30 * 3 * row_bytes
     preempted = Recorder(smollm2_path, **(options | {"kv_bytes": room})).run(requests)
+    assert preempted.preemptions > 0, "the pool must be too small"
+    assert_same(single.logits, preempted.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_triton_kernels(checkpoint, ascending_dots, kv_dtype):
+    """The deterministic set of a GPU, interpreted, which takes its time: bench/gpu.py asks 200."""
+    stems = [stem for stem in dispatch.OPS if importlib.util.find_spec(f"{TRITON}.{stem}")]
+    options = {
+        "kernel": tuple(f"{stem}=triton" for stem in stems),
+        "kv_dtype": kv_dtype,
+        "max_model_len": 32,
+    }
+    requests = [
+        GenerateRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids[:12],
+            sampling=dataclasses.replace(request.sampling, max_tokens=1 + index % 3),
+        )
+        for index, request in enumerate(make_requests(12))
+    ]
+    single = Recorder(checkpoint, **options)
+    for request in requests:
+        single.engine.reset_prefix_cache()
+        single.run([request])
+    for budget in (16, 37, 256):
+        together = Recorder(checkpoint, budget=budget, **options).run(requests)
+        assert_same(single.logits, together.logits)
+    together.logits.clear()
+    before = together.engine.stats().prefix_hit_tokens
+    together.run(requests)
+    assert together.engine.stats().prefix_hit_tokens > before, "the cache must have hit"
+    assert_same(single.logits, together.logits)
+    row_bytes = HEAD_DIM + 4 if kv_dtype == "int8" else 4 * HEAD_DIM
+    full_request = 32 * 2 * LAYERS * KV_HEADS * row_bytes
+    preempted = Recorder(checkpoint, kv_bytes=full_request, **options).run(requests)
     assert preempted.preemptions > 0, "the pool must be too small"
     assert_same(single.logits, preempted.logits)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,9 +12,6 @@ import torch
 
 from headrace_kernels import dispatch, native
 from headrace_kernels.kernel_set import KernelSet
-
-# Triton reads it when a kernel is decorated. On a GPU bench/gpu.py checks them compiled.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ISA_LEVELS = ("scalar", "avx2", "avx512")
 

@@ -41,20 +41,6 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_work, "MAX_SPLIT_BLOCKS", triton.language.constexpr(1))
 
 
-@pytest.fixture
-def alike_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dot that treats all rows alike, as tensor cores do and numpy's BLAS does not."""
-    interpreter = triton.runtime.interpreter
-
-    def dot(self, a, b, accumulator, *_):  # type: ignore[no-untyped-def]
-        total = np.zeros_like(accumulator.data)
-        for column, row in zip(a.data.T, b.data, strict=True):
-            total += column.astype(total.dtype)[:, None] * row.astype(total.dtype)
-        return interpreter.TensorHandle(total + accumulator.data, accumulator.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-
-
 def empty_cache(blocks: int, kv_heads: int, page: int, dim: int, dtype: torch.dtype) -> Tensor:
     """The middle layer of three, of NaN: values of 8 bits have scales of NaN then."""
     whole = torch.empty((blocks, 3, 2, kv_heads, page, row_size(dim, dtype)), dtype=dtype)
@@ -151,7 +137,7 @@ def test_sliding_window_and_soft_cap(
     check(lengths, (2, 1, 16), rng, window=window, soft_cap=soft_cap)
 
 
-@pytest.mark.usefixtures("alike_rows")
+@pytest.mark.usefixtures("ascending_dots")
 @pytest.mark.parametrize(
     ("kv_dtype", "window", "page_size"),
     [(torch.float32, 40, 16), (torch.int8, None, 64)],

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -53,30 +50,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_tiles, "SPLIT_PROGRAMS", 12)
     monkeypatch.setattr(gemm_tiles, "MIN_PART_INPUTS", 64)
     monkeypatch.setattr(gemm_tiles, "PART_MULTIPLE", 128)
-
-
-@pytest.fixture
-def ascending_dots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tl.dot adds products in ascending order, as a tensor core does; BLAS goes by the size."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
-        total, a_data, b_data = (
-            d.data,
-            *(_values(operand).astype(d.data.dtype) for operand in (a, b)),
-        )
-        for k in range(a_data.shape[-1]):
-            total = total + a_data[..., k : k + 1] * b_data[..., k : k + 1, :]
-        return TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
-def _values(operand: Any) -> npt.NDArray[Any]:
-    """The numbers of an operand of tl.dot: its bits, if they are e4m3."""
-    if operand.data.dtype == np.uint8:
-        return torch.from_numpy(operand.data).view(torch.float8_e4m3fn).float().numpy()
-    return operand.data
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
