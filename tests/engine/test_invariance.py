@@ -210,7 +210,7 @@ def test_triton_kernels(checkpoint, ascending_dots, kv_dtype):
         GenerateRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids[:12],
-            sampling=dataclasses.replace(request.sampling, max_tokens=1 + index % 3),
+            sampling=dataclasses.replace(request.sampling, max_tokens=1 + index % 4 * 4),
         )
         for index, request in enumerate(make_requests(12))
     ]
