@@ -161,7 +161,12 @@ def _attend(
 
 
 def num_warps(head_dim: int, arch: int, layout: Layout) -> int:
-    """Four hold the accumulator of 64 rows of 128 on sm_90, if loads take no pointers."""
+    """Four hold the accumulator of 64 rows of 128 on sm_90, if loads take no pointers.
+
+    For sm_89 ptxas spills 8 bytes of bf16 the other way round.
+    """
+    if arch == 89 and layout.scales is None and head_dim <= 128:
+        return 8 if head_dim < 128 else 4
     four = head_dim < 128 or (head_dim == 128 and arch == 90 and layout.by_descriptor)
     return 4 if four else 8
 
