@@ -114,6 +114,12 @@ class ServerOptions:
     max_queued_tokens: int = option(4_000_000, "Prompt tokens that may wait.")
     max_body_bytes: int = option(32 * MIB, "Larger request bodies are answered 413.", size=True)
     strict_fields: bool = option(False, "Refuse unknown request fields instead of naming them.")
+    tool_call_parser: Literal[
+        "auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "granite", "generic"
+    ] = option("auto", "How the model writes tool calls; auto asks its chat template.")
+    reasoning_parser: Literal["auto", "none", "think", "mistral", "seed_oss"] = option(
+        "auto", "How the model marks what it thinks; auto asks its chat template."
+    )
     cors_origin: tuple[str, ...] = option((), "Origins that browsers may call from.")
     shutdown_timeout: float = option(30.0, "Seconds that streams get to finish after SIGTERM.")
     step_timeout: float = option(

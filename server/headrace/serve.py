@@ -87,6 +87,7 @@ class Service:
             self.metrics,
         )
         self._config = config
+        self._options = options
 
     async def start(self) -> ModelInfo:
         """Find the model, downloading it if it is on a hub; start the engine and read the text side
@@ -101,9 +102,11 @@ class Service:
         self.client.config = replace(self._config, model=str(self.path))
         await self.client.start()
         checkpoint = await asyncio.to_thread(open_checkpoint, self.path)
-        self.model.text = await asyncio.to_thread(
+        text = await asyncio.to_thread(
             TextProcessor.from_assets, checkpoint.tokenizer, template_file=options.chat_template
         )
+        text.choose_parsers(self._options.tool_call_parser, self._options.reasoning_parser)
+        self.model.text = text
         self.model.digest = await asyncio.to_thread(lambda: checkpoint.digest)
         info = await self.client.wait_ready()
         self.metrics.set_model_info(

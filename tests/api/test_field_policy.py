@@ -38,7 +38,6 @@ HARMLESS_VALUES = {
     "metadata": {"a": "b"},
     "user": "someone",
     "prediction": {"type": "content", "content": "x"},
-    "parallel_tool_calls": False,
 }
 
 
@@ -107,8 +106,8 @@ async def test_unknown_fields_are_refused_when_strict(
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x", "tool_call_id": "1"}, "messages[0].role"),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[0].tool_calls"),
+        ({"role": "function", "content": "x", "name": "f"}, "messages[0].role"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0]",

@@ -11,11 +11,21 @@ from fastapi import Request, Response
 
 from headrace.api import logprobs
 from headrace.api.body import receive
-from headrace.api.generation import Choice, Generation, RequestContext, TextDelta, new_id, start
+from headrace.api.chat_message import ChoiceMessage, MessageReader, message_reader, text_fields
+from headrace.api.generation import (
+    Choice,
+    Generation,
+    RequestContext,
+    TextDelta,
+    Usage,
+    new_id,
+    start,
+)
 from headrace.api.prompts import check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
+from headrace.api.tools import tool_use
 
 
 async def create_chat_completion(request: Request) -> Response:
@@ -27,20 +37,26 @@ async def create_chat_completion(request: Request) -> Response:
         model = services.models.find(body.model)
         text, info = model.loaded()
         sampling = body.sampling()
+        use = tool_use(body, text.tool_calls)
+        messages = plain_messages(body.messages)
         prompt = await encode_chat(
             text,
-            plain_messages(body.messages),
+            messages,
             info,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             add_special_tokens=body.add_special_tokens,
+            tools=use.tools if use else (),
             kwargs=body.chat_template_kwargs,
         )
         check_lengths([prompt], sampling.max_tokens, info, param="messages")
         context = RequestContext.of(request, body, new_id("chatcmpl"))
-        generation = start(model, [prompt], sampling, context)
+        reader = message_reader(body, text, prompt, use)
+        shown = text.tokenizer.special_ids_of(reader.markers) if reader else frozenset[int]()
+        generation = start(model, [prompt], sampling, context, shown=shown)
     reply = ChatReply(
         body,
+        reader,
         response_id=context.response_id,
         model=model,
         tokenizer=text.tokenizer,
@@ -50,23 +66,35 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 class ChatReply(Reply):
+    """`reader`: None where the text of a choice is its content, and nothing else."""
+
     answer_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, body: ChatCompletionRequest, **frame: Any) -> None:
+    def __init__(
+        self, body: ChatCompletionRequest, reader: MessageReader | None = None, **frame: Any
+    ) -> None:
         super().__init__(body, **frame)
         self._top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        self._reader = reader
+        self._messages: dict[int, ChoiceMessage] = {}
+
+    def read(self, choice: Choice, delta: TextDelta) -> TextDelta:
+        return delta if self._reader is None else self._message_of(choice).read(delta)
 
     def choice(self, choice: Choice, deltas: list[TextDelta]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "refusal": None}
+        finish_reason = choice.finish_reason
+        if self._reader is None:
+            message["content"] = "".join(delta.text for delta in deltas)
+        else:
+            fields, finish_reason = self._message_of(choice).whole(deltas)
+            message |= fields
         shaped: dict[str, Any] = {
             "index": choice.index,
-            "message": {
-                "role": "assistant",
-                "content": "".join(delta.text for delta in deltas),
-                "refusal": None,
-            },
+            "message": message,
             "logprobs": self._logprobs(deltas),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": finish_reason,
         }
         if self._token_ids:
             shaped["token_ids"] = [delta.token_id for delta in deltas if delta.token_id is not None]
@@ -74,16 +102,26 @@ class ChatReply(Reply):
 
     def chunk_choice(self, choice: Choice, delta: TextDelta, *, first: bool) -> dict[str, Any]:
         """The role comes with the first token, so that an event is a token."""
-        role = {"role": "assistant"} if first else {}
+        fields = {"role": "assistant"} if first else {}
+        if delta.kind is not None:
+            fields |= text_fields(delta.kind, delta.text)
+        else:
+            fields |= self._message_of(choice).fields(delta.pieces)
         shaped: dict[str, Any] = {
             "index": choice.index,
-            "delta": {**role, "content": delta.text},
+            "delta": fields,
             "logprobs": self._logprobs([delta]),
             "finish_reason": delta.finish_reason,
         }
         if self._token_ids:
             shaped["token_ids"] = [] if delta.token_id is None else [delta.token_id]
         return shaped
+
+    def usage(self, generation: Generation) -> Usage:
+        usage = super().usage(generation)
+        if self._reader is None or not self._reader.tells_reasoning:
+            return usage
+        return usage._replace(reasoning_tokens=sum(m.thought for m in self._messages.values()))
 
     def extras(self, generation: Generation) -> dict[str, Any]:
         extras = super().extras(generation)
@@ -105,3 +143,10 @@ class ChatReply(Reply):
             if delta.token_id is not None and delta.logprobs is not None
         ]
         return {"content": content, "refusal": None}
+
+    def _message_of(self, choice: Choice) -> ChoiceMessage:
+        assert self._reader is not None
+        message = self._messages.get(choice.index)
+        if message is None:
+            message = self._messages[choice.index] = ChoiceMessage(self._reader.message_text())
+        return message

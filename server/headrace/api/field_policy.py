@@ -32,14 +32,12 @@ HARMLESS = frozenset(
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "parallel_tool_calls",
-        "include_reasoning",
         "session_id",
     }
 )
 
 _OMIT = "Leave it out."
-_TOOLS = "Tool calling is not supported yet; leave it out, or describe the tools in a message."
+_TOOLS = "Use tools and tool_choice."
 _STRUCTURED = "Structured output is not supported yet; ask for the format in a message."
 _TEXT_ONLY = "Only text goes in and out; leave it out."
 
@@ -56,8 +54,6 @@ REFUSED: dict[str, Refused] = {
     "service_tier": Refused('There is one tier: "auto" or "default".', ("auto", "default")),
     "store": Refused("Nothing is stored; leave it out or set it to false.", (False,)),
     "suffix": Refused("Insertion is not supported; put everything into the prompt.", ("",)),
-    "tool_choice": Refused(_TOOLS, ("none", "auto")),
-    "tools": Refused(_TOOLS, ([],)),
     "verbosity": Refused("Ask for a length in a message, or set max_tokens.", ("medium",)),
     "web_search_options": Refused("There is no web search; leave it out."),
     # Extensions of other servers whose silent loss would change the output

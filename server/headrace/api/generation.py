@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fastapi import Request
 
@@ -32,6 +32,7 @@ from headrace.errors import (
     UnavailableError,
 )
 from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace.text.message_text import MessagePiece
 from headrace.text.output_text import OutputText
 from headrace.text.tokenizer import Tokenizer
 
@@ -39,7 +40,11 @@ MAX_CHOICES = 256  # prompts x n in one HTTP request
 
 
 class TextDelta(NamedTuple):
-    """What one token adds to a choice."""
+    """What one token adds to a choice.
+
+    A reply may read more out of the text: then `pieces` is what it found, and `text` and `kind` say
+    whether that is no more than a text of one kind.
+    """
 
     token_id: int | None
     """None when the sequence ended between two tokens."""
@@ -47,6 +52,8 @@ class TextDelta(NamedTuple):
     """May be empty: half a character, a special token, or held back for a stop string."""
     logprobs: TokenLogprobs | None
     finish_reason: str | None
+    kind: Literal["content", "reasoning"] | None = "content"
+    pieces: Sequence[MessagePiece] = ()
 
 
 class Usage(NamedTuple):
@@ -54,6 +61,8 @@ class Usage(NamedTuple):
     completion_tokens: int
     cached_tokens: int | None
     """None while unknown."""
+    reasoning_tokens: int | None = None
+    """Of the completion's. None where reasoning is not told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,7 @@ class Choice:
         stream: RequestStream,
         tokenizer: Tokenizer,
         ledger: RequestLedger,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self.index = index
         self.prompt_token_ids = request.prompt_token_ids
@@ -110,6 +120,7 @@ class Choice:
             stop=sampling.stop,
             include_stop_str_in_output=sampling.include_stop_str_in_output,
             skip_special_tokens=sampling.skip_special_tokens,
+            shown=shown,
             min_tokens=sampling.min_tokens,
         )
 
@@ -204,8 +215,10 @@ def start(
     prompts: Sequence[list[int]],
     sampling: SamplingParams,
     context: RequestContext,
+    *,
+    shown: frozenset[int] = frozenset(),
 ) -> Generation:
-    """Submit every prompt n times.
+    """Submit every prompt n times. `shown`: special tokens that are part of the text.
 
     Raises what EngineClient.submit raises; then nothing is left submitted.
     """
@@ -235,7 +248,7 @@ def start(
                 )
                 stream = model.client.submit(request)
                 generation.choices.append(
-                    Choice(index, request, stream, text.tokenizer, context.ledger)
+                    Choice(index, request, stream, text.tokenizer, context.ledger, shown)
                 )
     except BaseException:
         generation.close()

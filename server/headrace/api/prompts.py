@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from headrace.api.generation import check_length
 from headrace.engine.client import ModelInfo
 from headrace.errors import ContextLengthExceededError, InvalidRequestError
@@ -26,10 +28,11 @@ async def encode_chat(
     add_generation_prompt: bool | None = None,
     continue_final_message: bool = False,
     add_special_tokens: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The conversation as token ids. Raises a RequestError for what the template or the context
-    cannot take."""
+    """The conversation, in which `tools` may be called, as token ids. Raises a RequestError for
+    what the template or the context cannot take."""
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
 
@@ -38,12 +41,16 @@ async def encode_chat(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
             kwargs=kwargs,
         )
         _check_size(text.tokenizer, prompt, info.max_model_len, param="messages")
         return text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
-    return await _off_loop_if_long(encode, sum(len(m["content"]) for m in messages))
+    size = sum(len(message["content"]) for message in messages)
+    if tools:
+        size += len(msgspec.json.encode(tools))
+    return await _off_loop_if_long(encode, size)
 
 
 async def encode_prompt(

@@ -5,7 +5,8 @@ All other fields are judged by field_policy.py. Ranges are checked by SamplingPa
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -159,14 +160,42 @@ class _GenerationBody(_Body):
         )
 
 
+class FunctionCall(_Body):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+    """JSON text, as it was given; an object is taken, too."""
+
+
+class MessageToolCall(_Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(_Body):
     role: Annotated[str, Field(max_length=64)]
     content: Content = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(_Body):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema of type object."""
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: Function
 
 
 class _ChatPrompt(_Body):
     """How messages become a prompt."""
 
+    tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -178,6 +207,9 @@ class ChatCompletionRequest(_GenerationBody, _ChatPrompt):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     def check_combinations(self) -> None:
         super().check_combinations()
@@ -245,31 +277,33 @@ class DetokenizeRequest(_Body):
     tokens: list[Int]
 
 
-_ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant")
-_TOOL_FIELDS: tuple[str, ...] = ("tool_calls", "function_call", "audio")
+_ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
+_REFUSED_PARTS: dict[str, str] = {
+    "function_call": "use tool_calls",
+    "audio": "only text goes in and out; leave it out",
+}
 
 
 def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """Messages as chat templates take them, content as one string; text parts are joined by
-    newlines.
+    newlines. The arguments of calls are JSON text; the result of a call has its tool's name.
 
     Raises UnsupportedParameterError for anything that is not text, InvalidRequestError for the
     rest.
     """
     plain: list[dict[str, Any]] = []
+    called: dict[str, str] = {}
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         extra = dict(message.model_extra or {})
-        for name in _TOOL_FIELDS:
+        for name, remedy in _REFUSED_PARTS.items():
             if extra.pop(name, None):
                 raise UnsupportedParameterError(
-                    f"{where}.{name} is not supported: only text goes in and out; leave it out.",
-                    param=f"{where}.{name}",
+                    f"{where}.{name} is not supported: {remedy}.", param=f"{where}.{name}"
                 )
-        if message.role in ("tool", "function"):
+        if message.role == "function":
             raise UnsupportedParameterError(
-                f"{where}.role {message.role!r} is not supported: there is no tool calling yet; "
-                "put the result into a user message.",
+                f"{where}.role 'function' is not supported: use 'tool', with a tool_call_id.",
                 param=f"{where}.role",
             )
         if message.role not in _ROLES:
@@ -277,8 +311,44 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
                 f"{where}.role must be one of {', '.join(_ROLES)}, got {message.role!r}.",
                 param=f"{where}.role",
             )
+        if message.role == "assistant" and (thought := extra.pop("reasoning", None)):
+            extra.setdefault("reasoning_content", thought)  # the name that templates know
+        if message.role == "tool":
+            extra |= _result_of(message, called, where)
+        if message.tool_calls:
+            extra["tool_calls"] = _calls_of(message, called, where)
         plain.append({**extra, "role": message.role, "content": _content(message, where)})
     return plain
+
+
+def _calls_of(message: ChatMessage, called: dict[str, str], where: str) -> list[dict[str, Any]]:
+    if message.role != "assistant":
+        raise InvalidRequestError(
+            f"{where}.tool_calls is for assistant messages only, not for {message.role!r}.",
+            param=f"{where}.tool_calls",
+        )
+    calls = []
+    for call in message.tool_calls or ():
+        called[call.id] = call.function.name
+        arguments = call.function.arguments
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments or {})
+        function = {"name": call.function.name, "arguments": text.strip() or "{}"}
+        calls.append({"id": call.id, "type": "function", "function": function})
+    return calls
+
+
+def _result_of(message: ChatMessage, called: dict[str, str], where: str) -> dict[str, Any]:
+    if not message.tool_call_id:
+        raise InvalidRequestError(
+            f"{where}.tool_call_id is required; give the id of the call that this is the result "
+            "of.",
+            param=f"{where}.tool_call_id",
+            code="missing_required_parameter",
+        )
+    fields = {"tool_call_id": message.tool_call_id}
+    if name := called.get(message.tool_call_id):
+        fields["name"] = name
+    return fields
 
 
 def _content(message: ChatMessage, where: str) -> str:

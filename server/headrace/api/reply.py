@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from fastapi import Request, Response
@@ -52,6 +52,10 @@ class Reply(ABC):
             "model": body.model or model.name,
             "system_fingerprint": model.fingerprint,
         }
+
+    def read(self, choice: Choice, delta: TextDelta) -> TextDelta:
+        """What is in the text of a delta of a stream. Called once for each, in order."""
+        return delta
 
     @abstractmethod
     def choice(self, choice: Choice, deltas: list[TextDelta]) -> dict[str, Any]:
@@ -119,22 +123,18 @@ class _Events:
         self._reply = reply
         self._generation = generation
         self._begun: set[int] = set()
-        self._around_text: dict[int, tuple[bytes, bytes]] = {}
+        self._around_text: dict[tuple[int, str], list[bytes]] = {}
         self._extras = reply.extras(generation)
 
     def of(self, choice: Choice, deltas: list[TextDelta]) -> bytes:
-        around = self._around_text.get(choice.index)
         parts: list[bytes] = []
         for delta in deltas:
-            if around is not None and delta.finish_reason is None:
-                parts += (around[0], _encode(delta.text), around[1])
+            delta = self._reply.read(choice, delta)
+            if delta.finish_reason is None and (around := self._around(choice, delta.kind)):
+                parts.append(_encode(delta.text).join(around))
                 continue
-            first = choice.index not in self._begun
-            parts.append(self._event(choice, delta, first=first))
-            if first:
-                self._begun.add(choice.index)
-                if self._reply.differs_in_text_only:
-                    around = self._around_text[choice.index] = self._cut(choice)
+            parts.append(self._event(choice, delta, first=choice.index not in self._begun))
+            self._begun.add(choice.index)
         return b"".join(parts)
 
     def usage(self) -> bytes:
@@ -149,15 +149,23 @@ class _Events:
         self._extras = {}
         return _event(chunk)
 
-    def _cut(self, choice: Choice) -> tuple[bytes, bytes]:
-        """Write an event with a mark for its text, and cut it there."""
-        sample = self._event(choice, TextDelta(0, _TEXT_GOES_HERE, None, None), first=False)
-        before, _, after = sample.partition(_encode(_TEXT_GOES_HERE))
-        return before, after
+    def _around(self, choice: Choice, kind: Literal["content", "reasoning"] | None) -> list[bytes]:
+        """The JSON of an event before, between and after its text; empty if it has more to it."""
+        if kind is None or choice.index not in self._begun:
+            return []
+        around = self._around_text.get((choice.index, kind))
+        if around is None:
+            around = []
+            if self._reply.differs_in_text_only:
+                mark = TextDelta(0, _TEXT_GOES_HERE, None, None, kind)
+                sample = self._event(choice, mark, first=False)
+                around = sample.split(_encode(_TEXT_GOES_HERE))
+            self._around_text[choice.index, kind] = around
+        return around
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage`; what was cached is left out while unknown."""
+    """OpenAI's `usage`; what is not known is left out."""
     shaped: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -165,6 +173,8 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
     if usage.cached_tokens is not None:
         shaped["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    if usage.reasoning_tokens is not None:
+        shaped["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
     return shaped
 
 

@@ -10,6 +10,7 @@ from headrace.api.prompts import encode_chat, encode_prompt
 from headrace.api.protocol import DetokenizeRequest, TokenizeRequest, plain_messages
 from headrace.api.responses import json_response
 from headrace.api.services import services_of
+from headrace.api.tools import template_tools
 from headrace.errors import InvalidRequestError
 
 router = APIRouter()
@@ -29,6 +30,7 @@ async def tokenize(request: Request) -> Response:
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             add_special_tokens=bool(body.add_special_tokens),
+            tools=template_tools(body.tools),
             kwargs=body.chat_template_kwargs,
         )
     else:

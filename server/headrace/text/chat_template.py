@@ -38,15 +38,23 @@ class ChatTemplate:
         *,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
+        with_tools = None
         if not isinstance(source, str):
+            with_tools = source.get("tool_use")
             source = _default_of(source)
         self.source = source
+        self.tool_source = with_tools or source
+        """The template that a conversation with tools goes through."""
         self._special_tokens = dict(special_tokens or {})
         self._knows_developer_role = "developer" in source
         try:
             self._template = _Sandbox().from_string(source)
+            self._tool_template = _Sandbox().from_string(self.tool_source)
+            tree = _Sandbox().parse(self.tool_source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"The model's chat template does not compile: {error}") from error
+        names = (name for name in tree.find_all(nodes.Name) if name.ctx == "load")
+        self.takes_tools = any(name.name == "tools" for name in names)
 
     def render(
         self,
@@ -54,9 +62,11 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for `messages` (each with "role" and "content").
+        """The prompt for `messages` (each with "role" and "content"; tool calls and `tools` in
+        OpenAI's shape).
 
         `continue_final_message` ends the prompt inside the last message, for the model to go on
         writing it. `kwargs` are further variables for the template. Raises InvalidRequestError
@@ -74,7 +84,7 @@ class ChatTemplate:
                 "set add_generation_prompt to false.",
                 param="continue_final_message",
             )
-        conversation = [self._with_known_role(message) for message in messages]
+        conversation = [_with_parsed_arguments(self._with_known_role(m)) for m in messages]
         variables: dict[str, Any] = {
             "tools": None,
             "documents": None,
@@ -83,14 +93,16 @@ class ChatTemplate:
             "messages": conversation,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._run(variables)
+        if tools:
+            variables["tools"] = list(tools)
+        text = self._run(self._tool_template if tools else self._template, variables)
         return _cut_after_final_message(text, conversation) if continue_final_message else text
 
-    def _run(self, variables: dict[str, Any]) -> str:
+    def _run(self, template: jinja2.Template, variables: dict[str, Any]) -> str:
         pieces: list[str] = []
         size = 0
         try:
-            for piece in self._template.generate(variables, **_limited_loops()):
+            for piece in template.generate(variables, **_limited_loops()):
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_CHARACTERS:
@@ -110,6 +122,43 @@ class ChatTemplate:
         if message["role"] == "developer" and not self._knows_developer_role:
             return {**message, "role": "system"}
         return dict(message)
+
+
+class _JSONObject(dict[str, Any]):
+    """A call's arguments. Most templates take an object, some add it to a string: there it is the
+    JSON text that it came from."""
+
+    def __init__(self, text: str, value: Mapping[str, Any]) -> None:
+        super().__init__(value)
+        self._json = text
+
+    def __str__(self) -> str:
+        return self._json
+
+    def __add__(self, after: str) -> str:
+        return self._json + after
+
+    def __radd__(self, before: str) -> str:
+        return before + self._json
+
+
+def _with_parsed_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that are no JSON object stay the string that they are: models write such."""
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [_with_object(call) for call in calls]
+    return message
+
+
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    text = function["arguments"]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        function = {**function, "arguments": _JSONObject(text, value)}
+    return {**call, "function": function}
 
 
 class _RaisedByTemplateError(jinja2.TemplateError):

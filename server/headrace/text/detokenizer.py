@@ -21,10 +21,16 @@ class Detokenizer:
     invalid part (Unicode 16, section 3.9).
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """`shown`: ids of special tokens that are text all the same."""
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._skip_special_tokens = skip_special_tokens
+        self._skip = tokenizer.special_ids - shown if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_space = tokenizer.strips_first_space
         self._window: list[int] = []
@@ -35,7 +41,7 @@ class Detokenizer:
         """What is left when no token follows: an unfinished character as U+FFFD, or nothing."""
         if self._tokenizer.bytes_are_exact:
             return self._utf8.decode(b"", final=True)
-        text = self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)
+        text = self._tokenizer.decode(self._window, skip_special_tokens=False)
         rest, self._window_text = text[len(self._window_text) :], text
         return rest
 
@@ -51,17 +57,16 @@ class Detokenizer:
 
     def _push_window(self, token_id: int) -> str:
         """For decoders that look at neighbours: decode a short window twice and return what is
-        new. The window keeps the last token, so that the decoder sees what it follows."""
+        new. The window keeps the last token that is not skipped, so that the decoder sees what it
+        follows."""
         if token_id in self._skip:
             return ""
         window = [*self._window, token_id]
-        text = self._tokenizer.decode(window, skip_special_tokens=self._skip_special_tokens)
+        text = self._tokenizer.decode(window, skip_special_tokens=False)
         if text.endswith(_UNFINISHED) and len(window) < _MAX_PENDING_TOKENS:
             self._window = window
             return ""
         rest = text[len(self._window_text) :]
         self._window = [token_id]
-        self._window_text = self._tokenizer.decode(
-            self._window, skip_special_tokens=self._skip_special_tokens
-        )
+        self._window_text = self._tokenizer.decode(self._window, skip_special_tokens=False)
         return rest

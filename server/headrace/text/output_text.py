@@ -22,10 +22,14 @@ class OutputText:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
         min_tokens: int = 0,
     ) -> None:
-        """`min_tokens`: stop strings are looked for only after that many tokens."""
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        """`shown`: ids of special tokens that are not skipped. `min_tokens`: stop strings are
+        looked for only after that many tokens."""
+        self._detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens, shown=shown
+        )
         self._stop = StopMatcher(stop, include=include_stop_str_in_output) if stop else None
         self._include_stop = include_stop_str_in_output
         self._unwatched = min_tokens

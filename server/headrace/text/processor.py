@@ -12,7 +12,10 @@ from typing import Any, Protocol
 from headrace.errors import CheckpointError, ConfigError, InvalidRequestError
 from headrace.text.chat_template import ChatTemplate
 from headrace.text.gguf_tokenizer import gguf_tokenizer_settings, tokenizer_from_gguf
+from headrace.text.reasoning import ReasoningFormat, reasoning_format
 from headrace.text.tokenizer import Tokenizer
+from headrace.text.tool_calls import GENERIC, ToolCallFormat, tool_call_format
+from headrace.text.tool_calls_prompt import is_about_tools, with_tools_as_text
 
 
 class TokenizerAssets(Protocol):
@@ -45,6 +48,19 @@ class TextProcessor:
             if chat_template
             else None
         )
+        self.reasoning: ReasoningFormat | None = None
+        self.tool_calls: ToolCallFormat | None = None
+        self.choose_parsers()
+
+    def choose_parsers(self, tool_calls: str = "auto", reasoning: str = "auto") -> None:
+        """Set how the model writes tool calls and reasoning, by name, "auto" or "none".
+
+        Raises ConfigError for an unknown name."""
+        template = self.chat_template
+        source = "" if template is None else template.tool_source
+        takes_tools = template is not None and template.takes_tools
+        self.tool_calls = tool_call_format(tool_calls, source, takes_tools=takes_tools)
+        self.reasoning = reasoning_format(reasoning, source)
 
     @classmethod
     def from_assets(
@@ -115,10 +131,11 @@ class TextProcessor:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt for a conversation. Raises InvalidRequestError if the template, or its lack,
-        does not allow it."""
+        """The prompt for a conversation, in which the model may call `tools` (in OpenAI's shape).
+        Raises InvalidRequestError if the template, or its lack, does not allow it."""
         if self.chat_template is None:
             raise InvalidRequestError(
                 "This model has no chat template, so it takes no messages; send the whole prompt "
@@ -126,10 +143,14 @@ class TextProcessor:
                 param="messages",
                 code="chat_template_missing",
             )
+        as_text = self.tool_calls is GENERIC or not self.chat_template.takes_tools
+        if as_text and (tools or is_about_tools(messages)):
+            messages, tools = with_tools_as_text(messages, tools), ()
         return self.chat_template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            tools=tools,
             kwargs=kwargs,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,11 @@ class Tokenizer:
             raw = self._rule.to_bytes(self._fast, token_id)
             self._bytes[token_id] = raw
         return raw
+
+    def special_ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The ids of those of `texts` that are special tokens."""
+        ids = (self._fast.token_to_id(text) for text in texts)
+        return self.special_ids.intersection(index for index in ids if index is not None)
 
     @property
     def strips_first_space(self) -> bool:
