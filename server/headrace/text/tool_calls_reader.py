@@ -31,6 +31,7 @@ MAX_HELD_SPACE = 64
 
 _NAME = re.compile(r"[\w.\-/:]*")
 _IDENTIFIER = re.compile(r"\w*")
+_SURPLUS = re.compile(r"[\s}\]]*")
 _BLANK = re.compile(r"\s*")
 _MAX_NAME = 256
 _KEYS = frozenset({"id", "type", "name", "function", *ARGUMENTS_KEYS})
@@ -142,11 +143,18 @@ class ToolCallReader:
                 yield from self._python_calls()
             else:
                 yield from self._json_calls(bare=bare)
-            yield from self._values.space()
-            yield from self._in.take_literal(self._form.end)
+            yield from self._close()
         except MalformedError:
             self._give_back()
         self._in.recorded()
+
+    def _close(self) -> Reading[None]:
+        """What closes calls, and braces too many before it."""
+        self._in.start_record()
+        surplus = yield from self._in.word(_SURPLUS, MAX_HELD_SPACE)
+        self._in.take(len(surplus))
+        if not (yield from self._in.take_literal(self._form.end)):
+            self._say(self._in.recorded())
 
     def _json_calls(self, *, bare: bool) -> Reading[None]:
         following = yield from self._in.ahead(1)
