@@ -47,14 +47,16 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte (ids 0 to 255 in the alphabet's order) and three special tokens."""
+def byte_tokenizer(more: tuple[str, ...] = ()) -> Tokenizer:
+    """One token per byte (ids 0 to 255 in the alphabet's order) and three special tokens, or
+    `more`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     fast = FastTokenizer(BPE({piece: index for index, piece in enumerate(alphabet)}, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    fast.add_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    added = (*specials, *more)
+    fast.add_tokens([AddedToken(text, special=True, normalized=False) for text in added])
     return Tokenizer(fast, {"bos_token": specials[1], "eos_token": specials[2]})
 
 
@@ -276,8 +278,10 @@ class Site:
                 await asyncio.sleep(0.005)
 
 
-def make_site(template: str | None = TEMPLATE, **options: Any) -> Site:
-    tokenizer = byte_tokenizer()
+def make_site(
+    template: str | None = TEMPLATE, specials: tuple[str, ...] = (), **options: Any
+) -> Site:
+    tokenizer = byte_tokenizer(specials)
     engine = FakeEngine(tokenizer)
     model = ServedModel(
         name=MODEL,
@@ -295,7 +299,7 @@ def make_site(template: str | None = TEMPLATE, **options: Any) -> Site:
 
 @pytest.fixture
 def site_with() -> Callable[..., Site]:
-    """Makes a site with given ApiConfig options (and `template`)."""
+    """Makes a site with given ApiConfig options (and `template`, `specials`)."""
     return make_site
 
 

@@ -47,7 +47,7 @@ async def encode_chat(
         _check_size(text.tokenizer, prompt, info.max_model_len, param="messages")
         return text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
-    size = sum(len(message["content"]) for message in messages)
+    size = sum(map(_characters, messages))
     if tools:
         size += len(msgspec.json.encode(tools))
     return await _off_loop_if_long(encode, size)
@@ -93,6 +93,12 @@ def check_lengths(
 
 async def _off_loop_if_long(work: Callable[[], T], characters: int) -> T:
     return await asyncio.to_thread(work) if characters > MAX_INLINE_CHARACTERS else work()
+
+
+def _characters(message: Mapping[str, Any]) -> int:
+    texts = sum(len(value) for value in message.values() if isinstance(value, str))
+    calls = message.get("tool_calls") or ()
+    return texts + sum(len(call["function"]["arguments"]) for call in calls)
 
 
 def _check_size(tokenizer: Tokenizer, prompt: str, limit: int, *, param: str) -> None:
