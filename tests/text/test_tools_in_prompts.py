@@ -97,3 +97,25 @@ def test_special_tokens_that_markers_need_are_found(kinds: dict[str, Tokenizer])
     tokenizer = kinds["byte_level"]
     shown = tokenizer.special_ids_of(["<|im_end|>", "h", "absent"])
     assert [tokenizer.token_piece(index) for index in shown] == ["<|im_end|>"]
+
+
+def test_ids_from_elsewhere_fit_the_templates_that_want_nine_characters(
+    kinds: dict[str, Tokenizer],
+) -> None:
+    source = (
+        "{{ tools }}{#[TOOL_CALLS]#}{% for m in messages %}"
+        "{{ (m.tool_calls or [{}])[0].id }}{{ m.tool_call_id }};{% endfor %}"
+    )
+    text = TextProcessor(kinds["byte_level"], source)
+    assert text.tool_calls is FORMATS["mistral"]
+
+    def rendered(call_id: str) -> list[str]:
+        [call] = conversation("{}")
+        call["tool_calls"][0]["id"] = call_id
+        result = {"role": "tool", "content": "x", "tool_call_id": call_id}
+        return text.render_chat([call, result]).removeprefix("None").split(";")[:2]
+
+    assert rendered("abcDEF123") == ["abcDEF123"] * 2
+    made, other = rendered("call_0123456789abcdef"), rendered("call_1")
+    assert made[0] == made[1] != other[0]
+    assert all(len(one) == 9 and one.isalnum() for one in made + other)

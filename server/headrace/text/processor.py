@@ -15,7 +15,7 @@ from headrace.text.gguf_tokenizer import gguf_tokenizer_settings, tokenizer_from
 from headrace.text.reasoning import ReasoningFormat, reasoning_format
 from headrace.text.tokenizer import Tokenizer
 from headrace.text.tool_calls import GENERIC, ToolCallFormat, tool_call_format
-from headrace.text.tool_calls_prompt import is_about_tools, with_tools_as_text
+from headrace.text.tool_calls_prompt import is_about_tools, with_ids, with_tools_as_text
 
 
 class TokenizerAssets(Protocol):
@@ -146,6 +146,8 @@ class TextProcessor:
         as_text = self.tool_calls is GENERIC or not self.chat_template.takes_tools
         if as_text and (tools or is_about_tools(messages)):
             messages, tools = with_tools_as_text(messages, tools), ()
+        elif self.tool_calls is not None and self.tool_calls.short_ids:
+            messages = with_ids(messages, self.tool_calls.template_id)
         return self.chat_template.render(
             messages,
             add_generation_prompt=add_generation_prompt,

@@ -5,6 +5,7 @@ The formats are data; tool_calls_reader.py reads them all.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import string
 from dataclasses import dataclass
@@ -80,10 +81,20 @@ class ToolCallFormat:
 
     def new_id(self) -> str:
         if self.short_ids:
-            alphabet = string.ascii_letters + string.digits
-            return "".join(secrets.choice(alphabet) for _ in range(9))
+            return "".join(secrets.choice(_SHORT_ID_CHARACTERS) for _ in range(_SHORT_ID_LENGTH))
         return f"call_{secrets.token_hex(12)}"
 
+    def template_id(self, call_id: str) -> str:
+        """The id of a call as templates take it: equal for equal ids, whoever made them."""
+        fits = len(call_id) == _SHORT_ID_LENGTH and set(call_id) <= set(_SHORT_ID_CHARACTERS)
+        if fits or not self.short_ids:
+            return call_id
+        digest = hashlib.blake2b(call_id.encode(errors="replace")).hexdigest()
+        return digest[:_SHORT_ID_LENGTH]
+
+
+_SHORT_ID_LENGTH = 9
+_SHORT_ID_CHARACTERS = string.ascii_letters + string.digits
 
 CALL_ID, ARGS = "[CALL_ID]", "[ARGS]"
 ARGUMENTS_KEYS = ("arguments", "parameters")

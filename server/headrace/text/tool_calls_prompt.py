@@ -1,13 +1,13 @@
-"""Tools for models whose chat template has no place for them: they are described in a system
-message, and calls and results become text.
+"""Conversations with tools for chat templates that do not take them as clients send them.
 
-What is asked for is the "generic" format of tool_calls.py.
+Where a template has no place for tools they are described in a system message, calls and results
+become text, and what is asked for is the "generic" format of tool_calls.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _INSTRUCTIONS = """\
@@ -53,6 +53,19 @@ def with_tools_as_text(
         written[0]["content"] = f"{written[0]['content']}\n\n{text}"
         return written
     return [{"role": "system", "content": text}, *written]
+
+
+def with_ids(
+    messages: Sequence[Mapping[str, Any]], new_id: Callable[[str], str]
+) -> list[dict[str, Any]]:
+    """The conversation with every call's id, and that of its result, as `new_id` makes it."""
+    written = [dict(message) for message in messages]
+    for message in written:
+        if call_id := message.get("tool_call_id"):
+            message["tool_call_id"] = new_id(call_id)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [{**call, "id": new_id(call["id"])} for call in calls]
+    return written
 
 
 def is_about_tools(messages: Sequence[Mapping[str, Any]]) -> bool:
