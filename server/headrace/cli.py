@@ -290,6 +290,7 @@ def _print_ready(console: Console, service: Service, url: str) -> None:
             f"{_size(info.kv_cache_bytes)}: {tokens:,} tokens, or "
             f"{tokens / info.max_model_len:.1f} requests of {info.max_model_len:,}",
         ),
+        ("Output", service.text_formats()),
         ("URL", f"{url}/v1"),
     ]
     console.print()

@@ -118,6 +118,13 @@ class Service:
         )
         return info
 
+    def text_formats(self) -> str:
+        """What is read out of the model's output, for the start-up log."""
+        text, _ = self.model.loaded()
+        calls = text.tool_calls.name if text.tool_calls else "none"
+        reasoning = text.reasoning.name if text.reasoning else "none"
+        return f"tool calls: {calls}; reasoning: {reasoning}"
+
     def drain(self) -> None:
         """Take no new requests: /readyz says 503, and so do they. Running ones go on."""
         self.app.state.services.draining = True
