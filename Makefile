@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-ray test test-full lint types format clean
+.PHONY: help setup serve serve-ray test test-full lint types format api-docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +38,7 @@ help:
 	@echo 'make test-full    all tests; writes docs/verified.md'
 	@echo 'make setup        only the environment (.venv) and the default model'
 	@echo 'make lint | types | format                        one check alone | rewrite the sources'
+	@echo 'make api-docs     write the tables of docs/api.md'
 	@echo 'make clean        remove build outputs and caches (.venv stays)'
 
 # ---- set-up ------------------------------------------------------------------------------------
@@ -127,6 +128,9 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 	@$(BIN)/ruff format $(wildcard $(SOURCES))
 	@if command -v clang-format >/dev/null; then find csrc -name '*.[ch]*' -exec clang-format -i {} +; fi
+
+api-docs: $(VENV)/.dev
+	@PYTHONPATH=server:kernels $(BIN)/python tests/api/test_api_docs.py
 
 # The tests run whatever lint and types say; any failure fails the target.
 test: $(VENV)/.dev

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -79,3 +80,12 @@ def test_it_works_inside_a_running_event_loop(llm):
 def test_unknown_options_are_refused(smollm2_path):
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
         LLM(str(smollm2_path), max_num_seq=3)
+
+
+def test_bad_words_and_allowed_tokens(llm):
+    [free] = llm.generate("Once upon a time", GREEDY)
+    phrase = " ".join(free.text.split()[-2:])
+    bad = dataclasses.replace(GREEDY, bad_words=(phrase,))
+    assert phrase not in llm.generate("Once upon a time", bad)[0].text
+    few = dataclasses.replace(GREEDY, allowed_token_ids=tuple(free.token_ids[:2]))
+    assert set(llm.generate("Once upon a time", few)[0].token_ids) <= set(free.token_ids[:2])

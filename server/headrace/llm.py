@@ -192,6 +192,7 @@ class LLM:
             request_id=f"llm-{next(self._request_numbers)}",
             prompt_token_ids=prompt,
             sampling=sampling,
+            banned_sequences=self.text.tokenizer.spellings(sampling.bad_words),
             arrival_time=time.monotonic(),
         )
         output_text = OutputText(

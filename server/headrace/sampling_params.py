@@ -41,6 +41,11 @@ class SamplingParams:
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    """Strings that are not generated, in the tokens that spell them alone and after a space; other
+    spellings of theirs are not found."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that can be sampled; None: all."""
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
@@ -73,6 +78,15 @@ class SamplingParams:
                 _in_range(name, count, 0, MAX_LOGPROBS)
         if any(not text for text in self.stop):
             raise InvalidRequestError("stop must not contain an empty string.", param="stop")
+        if any(not word.strip() for word in self.bad_words):
+            raise InvalidRequestError(
+                "bad_words must not contain an empty or blank string.", param="bad_words"
+            )
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequestError(
+                "allowed_token_ids must name a token; leave it out to allow all.",
+                param="allowed_token_ids",
+            )
         for token_id, bias in (self.logit_bias or {}).items():
             _in_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0, param="logit_bias")
 
@@ -107,6 +121,8 @@ class GenerateRequest:
     model_revision: str = ""
     trace_context: str = ""
     """W3C traceparent."""
+    banned_sequences: list[list[int]] = field(default_factory=list)
+    """`sampling.bad_words` in token ids: sequences that may not be completed."""
     resume_token_ids: list[int] = field(default_factory=list)
     """Output tokens already delivered, when a request is replayed on a restarted engine."""
 

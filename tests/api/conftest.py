@@ -209,6 +209,8 @@ class FakeEngine:
             more["prompt_logprobs"] = [None, *(self._logprobs(token, top) for token in prompt[1:])]
         if not stream.received:
             more["cached_tokens"] = min(4, len(prompt))
+            more["scheduled_time"] = stream.request.arrival_time + 0.001
+            more["first_token_time"] = stream.request.arrival_time + 0.003
         return RequestOutput(request_id=stream.request_id, token_ids=tokens, **more)
 
     def _logprobs(self, token: int, top: int) -> TokenLogprobs:
@@ -237,7 +239,7 @@ class FakeEngine:
             prompt_tokens=len(request.prompt_token_ids),
             output_tokens=made,
             cached_tokens=min(4, len(request.prompt_token_ids)),
-            preemptions=0,
+            preemptions=3,
             arrival_time=request.arrival_time,
             scheduled_time=request.arrival_time,
             first_token_time=now if made else 0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -37,6 +38,10 @@ async def refused(
         (b'{"prompt": "\xff\xfe"}', "invalid_json", "not valid JSON"),
         (b'{"prompt": "\\ud800"}', "invalid_json", "not valid JSON"),
         (b"[" * 100_000, "invalid_json", "not valid JSON"),
+        (b'{"metadata": ' + b'{"a":' * 300 + b"1" + b"}" * 301, "invalid_json", "recursion"),
+        (b'{"metadata": "\\udc00\\ud800"}', "invalid_json", "not valid JSON"),
+        (b'{"\\ud800": 1}', "invalid_json", "not valid JSON"),
+        (b'{"seed": ' + b"9" * 100_000 + b"}", "invalid_json", "out of range"),
         (b'{"metadata": ' + b'{"a":' * 5000, "invalid_json", "not valid JSON"),
         (b"[]", "invalid_type", "must be a JSON object"),
         (b'"text"', "invalid_type", "must be a JSON object"),
@@ -55,6 +60,7 @@ async def test_bodies_that_are_no_json_object(
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "messages", "valid array"),
     ({"messages": []}, "messages", "at least 1 item"),
+    ({"messages": MESSAGES * (2**16 + 1)}, "messages", "at most 65536 item(s)"),
     ({"messages": "Hi"}, "messages", "valid array"),
     ({"messages": ["Hi"]}, "messages[0]", "object"),
     ({"messages": [{"content": "Hi"}]}, "messages[0].role", "is required"),
@@ -70,6 +76,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_k": True}, "top_k", "valid integer"),
     ({"n": 0}, "n", "must be in [1, 128]"),
     ({"n": 129}, "n", "must be in [1, 128]"),
+    ({"n": 10**9}, "n", "must be in [1, 128]"),
+    ({"n": 10**30}, "n", "less than"),
     ({"max_tokens": 0}, "max_tokens", "must be in [1,"),
     ({"max_tokens": -5}, "max_tokens", "must be in [1,"),
     ({"max_tokens": 10**30}, "max_tokens", "less than"),
@@ -79,10 +87,17 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": 1}, "stop", "must be a string or an array"),
     ({"stop": [""]}, "stop", "empty string"),
     ({"stop": ["a"] * 65}, "stop", "at most 64 strings"),
+    ({"stop": [f"s{i}" for i in range(10_000)]}, "stop", "at most 64 strings"),
+    ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024 item(s)"),
     ({"stop": ["a" * 1025]}, "stop", "at most 1024 characters"),
     ({"logit_bias": {"1": 200}}, "logit_bias", "must be in [-100.0, 100.0]"),
     ({"logit_bias": [1]}, "logit_bias", "object"),
     ({"logit_bias": {"9999": 1}}, "logit_bias", "vocabulary"),
+    ({"logit_bias": {"9" * 10: 1}}, "logit_bias", "vocabulary"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "must be token ids"),
+    ({"logit_bias": {"\uff11": 1}}, "logit_bias", "must be token ids"),
+    ({"logit_bias": {"1": float("nan")}}, "logit_bias", "must be in [-100.0, 100.0]"),
+    ({"logit_bias": {str(i): 1 for i in range(5000)}}, "logit_bias", "at most 4096 item(s)"),
     ({"stop_token_ids": [9999]}, "stop_token_ids", "vocabulary"),
     ({"logprobs": 3}, "logprobs", "valid boolean"),
     ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
@@ -90,7 +105,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stream": "yes"}, "stream", "valid boolean"),
     ({"stream_options": {}}, "stream_options", "stream: true"),
     ({"stream": True, "stream_options": 1}, "stream_options", "object"),
-    ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "without streaming"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "must be in [0, 20]"),
     ({"priority": 2**40}, "priority", "less than"),
     ({"cache_salt": "x" * 300}, "cache_salt", "at most 256"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", "must not set"),
@@ -126,6 +141,8 @@ async def test_bad_fields_are_named(
         ({"prompt": [9999]}, "prompt", "outside 0 to 258"),
         ({"prompt": [-1]}, "prompt", "outside 0 to 258"),
         ({"prompt": ["a"] * 257}, "prompt", "more than 256 choices"),
+        ({"prompt": ["a" * 1000] * 10_000}, "prompt", "more than 256 choices"),
+        ({"prompt": ["a"] * 100, "n": 3}, "n", "more than 256 choices"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "must be in [1,"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "must be in [0, 20]"),
         ({"prompt": "a", "best_of": 3}, "best_of", "equals n"),
@@ -225,6 +242,51 @@ async def test_bodies_that_are_too_large(site_with: Any, serving: Any, announced
         assert response.json()["error"]["code"] == "request_too_large"
         assert "10000 bytes" in response.json()["error"]["message"]
         assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_a_body_of_100_mb(server: Any) -> None:
+    """Refused by its announcement alone; or, without one, though it goes on."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(head.encode())
+    async with asyncio.timeout(10):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+    writer.close()
+
+    async def chunks() -> Any:
+        for _ in range(100):
+            yield b" " * 2**20
+
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        headers = {"content-type": "application/json"}
+        response = await client.post(CHAT, content=chunks(), headers=headers)
+        assert response.status_code == 413
+        assert (await client.post(CHAT, json={"messages": MESSAGES})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": [%s]}' % b",".join([b"1"] * 1_100_000),
+        b'{"prompt": "a", "metadata": [%s]}' % b",".join([b"[]"] * 600_000),
+        b'{"prompt": "a", "metadata": [%s]}' % b",".join([b"{}"] * 600_000),
+    ],
+    ids=["token ids", "arrays", "objects"],
+)
+async def test_a_body_of_a_million_values_is_not_parsed(
+    http: httpx.AsyncClient, body: bytes
+) -> None:
+    error = await refused(http, COMPLETIONS, body, status=413)
+    assert (error["code"], error["param"]) == ("request_too_large", None)
+    assert "more than 1048576 values" in error["message"]
+
+
+async def test_a_long_array_of_token_ids_is_looked_at_once(http: httpx.AsyncClient) -> None:
+    """A union type would try each of its kinds on each element: 16 s for 30 MB."""
+    error = await refused(http, COMPLETIONS, {"prompt": [65] * 500_000})
+    assert error["code"] == "context_length_exceeded"
+    error = await refused(http, COMPLETIONS, {"prompt": [[65] * 500_000]})
+    assert error["code"] == "context_length_exceeded"
 
 
 async def test_a_model_without_a_template(site_with: Any, http_to: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import subprocess
 import sys
 from typing import Any
@@ -117,7 +119,16 @@ async def test_the_account_of_a_request(http: httpx.AsyncClient, site: Any) -> N
     assert site.metric("time_to_first_token_seconds_count", **labels) == 1
 
 
-KEYED = [("GET", "/v1/models"), ("POST", CHAT), ("POST", "/tokenize"), ("GET", "/openapi.json")]
+KEYED = [
+    ("GET", "/v1/models"),
+    ("POST", CHAT),
+    ("POST", "/tokenize"),
+    ("POST", "/apply-template"),
+    ("POST", "/reset_prefix_cache"),
+    ("GET", "/server_info"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
+]
 
 
 @pytest.mark.parametrize(("method", "path"), KEYED)
@@ -177,6 +188,14 @@ async def test_other_origins_are_refused_unless_allowed(
     async with http_to(site) as allowed:
         response = await allowed.options(CHAT, headers=headers)
         assert response.headers["access-control-allow-origin"] == "https://a.example"
+        # A page may read what it was refused for, and the headers that tell of a request.
+        refused = await allowed.get("/v1/models", headers={"origin": "https://a.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://a.example"
+        exposed = refused.headers["access-control-expose-headers"]
+        assert {"x-request-id", "headrace-sampling"} <= set(exposed.split(", "))
+        stranger = await allowed.get("/livez", headers={"origin": "https://b.example"})
+        assert "access-control-allow-origin" not in stranger.headers
 
 
 async def test_tokenize_and_back(http: httpx.AsyncClient, site: Any) -> None:
@@ -219,6 +238,69 @@ async def test_tokenizer_info(http: httpx.AsyncClient) -> None:
     assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert info["vocab_size"] == 259
     assert info["chat_template"].startswith("{% for message")
+
+
+async def test_messages_as_the_template_writes_them(http: httpx.AsyncClient, site: Any) -> None:
+    body: dict[str, Any] = {"messages": MESSAGES, "model": "tiny"}
+    opened = (await http.post("/apply-template", json=body)).json()
+    assert opened == {"prompt": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"}
+    closed = await http.post("/apply-template", json={**body, "add_generation_prompt": False})
+    assert closed.json() == {"prompt": "<|im_start|>user\nHi<|im_end|>\n"}
+    continued = await http.post("/apply-template", json={**body, "continue_final_message": True})
+    assert continued.json() == {"prompt": "<|im_start|>user\nHi"}
+    assert site.engine.requests == []
+    for wrong, param in (({}, "messages"), ({**body, "model": "nope"}, "model")):
+        response = await http.post("/apply-template", json=wrong)
+        assert response.status_code in (400, 404)
+        assert response.json()["error"]["param"] == param
+
+
+async def test_server_info(site_with: Any, http_to: Any) -> None:
+    site = site_with(api_keys=("sesame",), max_body_bytes=1000)
+    async with http_to(site) as http:
+        response = await http.get("/server_info", headers={"authorization": "Bearer sesame"})
+    assert "sesame" not in response.text
+    info = response.json()
+    assert (info["version"], info["draining"]) == ("1.2.3", False)
+    assert (info["api"]["api_key_required"], info["api"]["max_body_bytes"]) == (True, 1000)
+    [model] = info["models"]
+    assert (model["name"], model["aliases"], model["state"]) == ("org/tiny", ["tiny"], "ready")
+    assert model["engine"]["max_model_len"] == 512
+    assert model["stats"]["running"] == 0
+
+
+async def test_server_info_while_loading(http: httpx.AsyncClient, site: Any) -> None:
+    site.engine.state, site.engine.loaded = EngineState.LOADING, False
+    [model] = (await http.get("/server_info")).json()["models"]
+    assert (model["state"], model["engine"]) == ("loading", None)
+
+
+async def test_the_prefix_cache_is_reset_when_idle(http: httpx.AsyncClient, site: Any) -> None:
+    assert (await http.post("/reset_prefix_cache")).json() == {"reset": True}
+    site.engine.hold = True
+    running = asyncio.create_task(http.post(CHAT, json={"messages": MESSAGES}))
+    while not site.engine.requests:
+        await asyncio.sleep(0.005)
+    response = await http.post("/reset_prefix_cache")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "requests are running" in response.json()["error"]["message"]
+    site.engine.hold = False
+    await running
+    assert (await http.get("/reset_prefix_cache")).status_code == 405
+
+
+async def test_the_docs_load_nothing_from_elsewhere(http: httpx.AsyncClient) -> None:
+    page = (await http.get("/docs")).text
+    assert "://" not in page.replace(f"{http.base_url}", "")
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(links) == 3
+    for link in links:
+        asset = await http.get(link)
+        assert asset.status_code == 200 and len(asset.content) > 1000, link
+    assert "/openapi.json" in page
+    for name in ("nope.js", "..%2f__init__.py", "redoc.standalone.js"):
+        assert (await http.get(f"/docs/assets/{name}")).status_code == 404
+    assert (await http.get("/redoc")).status_code == 404
 
 
 def test_importing_the_app_loads_nothing_heavy() -> None:

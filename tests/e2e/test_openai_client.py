@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -305,3 +306,47 @@ def test_metrics_move_and_account(server: Server, client: openai.OpenAI) -> None
     ):
         assert after[f"headrace_{ours}"] == after[f"vllm:{theirs}"]
     assert after["headrace_model_info"] == 1
+
+
+# --- what may be sampled, and what was done -------------------------------------------------------
+
+
+def test_bad_words_are_written_differently(client: openai.OpenAI) -> None:
+    arguments: Any = {"model": MODEL, "prompt": STORY, "max_tokens": 16, "temperature": 0}
+    free = client.completions.create(**arguments).choices[0].text
+    words = free.split()
+    one, several = words[0], " ".join(words[2:5])
+    extra = {"bad_words": [one, several]}
+    whole = client.completions.create(**arguments, extra_body=extra).choices[0].text
+    assert one not in whole.split() and several not in whole
+    stream = client.completions.create(**arguments, extra_body=extra, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == whole
+    later = client.completions.create(**arguments, extra_body={"bad_words": [several]})
+    assert later.choices[0].text.split()[:2] == words[:2]
+    assert several not in later.choices[0].text
+
+
+def test_only_allowed_tokens_are_written(client: openai.OpenAI, server: Server) -> None:
+    url = f"{server.url}/tokenize"
+    digits = [httpx.post(url, json={"prompt": d}).json()["tokens"][0] for d in "0123456789"]
+    extra = {"allowed_token_ids": digits, "return_token_ids": True}
+    answer = client.completions.create(
+        model=MODEL, prompt=STORY, max_tokens=20, temperature=2, seed=1, extra_body=extra
+    )
+    assert re.fullmatch(r"\d{20}", answer.choices[0].text)
+    assert set((answer.choices[0].model_extra or {})["token_ids"]) <= set(digits)
+
+
+def test_the_parameters_told_repeat_the_answer(client: openai.OpenAI) -> None:
+    arguments: Any = {"model": MODEL, "messages": QUESTION, "max_tokens": 12}
+    raw = client.chat.completions.with_raw_response.create(**arguments, temperature=1.5, n=2)
+    first, told = raw.parse(), json.loads(raw.headers["headrace-sampling"])
+    again = client.chat.completions.create(model=MODEL, messages=QUESTION, extra_body=told)
+    texts = [[choice.message.content for choice in answer.choices] for answer in (first, again)]
+    assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+    assert first.usage is not None
+    times = (first.usage.model_extra or {})["headrace"]
+    assert times["preemptions"] == 0
+    assert times["prefill_ms"] > 0 and times["decode_ms"] > 0 and times["queue_ms"] >= 0
+    whole = float(raw.headers["openai-processing-ms"])
+    assert sum(times[f"{stage}_ms"] for stage in ("queue", "prefill", "decode")) <= whole + 1

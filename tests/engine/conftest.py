@@ -169,6 +169,7 @@ class Harness:
         salt: str = "",
         deadline: float | None = None,
         resume: Sequence[int] = (),
+        banned: Sequence[list[int]] = (),
         broken_at: int | None = None,
         eos_at: int | None = None,
         **fields: object,
@@ -188,6 +189,7 @@ class Harness:
                 cache_salt=salt,
                 deadline=deadline,
                 resume_token_ids=list(resume),
+                banned_sequences=list(banned),
             ),
             handle,
         )

@@ -88,7 +88,7 @@ def requests(
     rng = np.random.default_rng(seed)
     common = rng.integers(1, VOCAB_SIZE, 40).tolist()
     kinds = (
-        {"temperature": 0.9, "top_p": 0.95},
+        {"temperature": 0.9, "top_p": 0.95, "allowed_token_ids": tuple(range(0, VOCAB_SIZE, 2))},
         {"temperature": 0.0, "logprobs": 3},
         {"temperature": 1.3, "top_k": 20, "min_p": 0.02, "logprobs": 0},
         {"temperature": 0.8, "repetition_penalty": 1.3, "presence_penalty": 0.5},
@@ -103,7 +103,13 @@ def requests(
             max_tokens=int(rng.integers(5, max_tokens)), seed=index, **kinds[index % len(kinds)]
         )
         made.append(
-            GenerateRequest(request_id=str(index), prompt_token_ids=prompt, sampling=sampling)
+            GenerateRequest(
+                request_id=str(index),
+                prompt_token_ids=prompt,
+                sampling=sampling,
+                # Pairs make a row wait for the step in flight.
+                banned_sequences=[[a, b] for a in range(9) for b in range(index % 4)],
+            )
         )
     return made
 

@@ -7,6 +7,8 @@ import pytest
 
 from headrace.engine.client import FinishReason
 
+EOS = 999
+
 
 @pytest.fixture
 def make_overlapping(make_harness):
@@ -204,3 +206,52 @@ def test_end_tokens_are_banned_for_exactly_min_tokens(make_harness, overlaps, eo
     harness.add("a", [1, 2, 3], max_tokens=8, min_tokens=3, eos_at=eos_at)
     harness.run()
     assert len(harness.tokens["a"]) == (4 if ends else 8)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_banned_sequences_are_never_completed(make_harness, overlaps):
+    free = make_harness(overlaps=overlaps)
+    free.add("a", [1, 2, 3], max_tokens=8)
+    free.add("b", [4, 5], max_tokens=8)
+    free.run()
+    a, b = free.tokens["a"], free.tokens["b"]
+
+    harness = make_harness(overlaps=overlaps)
+    # The second one begins in the prompt: only the output counts.
+    harness.add("a", [1, 2, 3], max_tokens=8, banned=[a[2:5], [3, a[0]], [a[7], a[7]]])
+    harness.add("b", [4, 5], max_tokens=8)
+    harness.run()
+    tokens = harness.tokens["a"]
+    assert tokens[:4] == a[:4]
+    assert tokens[4] == (a[4] + 1) % EOS
+    assert len(tokens) == 8
+    assert harness.tokens["b"] == b
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_one_banned_token_costs_no_step(make_harness, overlaps):
+    free = make_harness(overlaps=overlaps)
+    free.add("a", [1, 2, 3], max_tokens=8)
+    free.run()
+    first = free.tokens["a"][0]
+    harness = make_harness(overlaps=overlaps)
+    harness.add("a", [1, 2, 3], max_tokens=8, banned=[[first]])
+    harness.run()
+    assert harness.tokens["a"][0] == (first + 1) % EOS
+    assert first not in harness.tokens["a"]
+    assert len(harness.runner.batches) == len(free.runner.batches)
+
+
+def test_a_replayed_request_keeps_its_bans(make_harness):
+    whole = make_harness(overlaps=True)
+    first = make_harness(overlaps=True)
+    first.add("a", [1, 2, 3], max_tokens=8)
+    first.run()
+    banned = [first.tokens["a"][2:5]]
+    whole.add("a", [1, 2, 3], max_tokens=8, banned=banned)
+    whole.run()
+    replayed = make_harness(overlaps=True)
+    resume = whole.tokens["a"][:4]
+    replayed.add("a", [1, 2, 3], max_tokens=8, banned=banned, resume=resume)
+    replayed.run()
+    assert [*resume, *replayed.tokens["a"]] == whole.tokens["a"]

@@ -92,6 +92,7 @@ def everything(rows: int, vocab_size: int) -> SamplingBatch:
             row: (np.arange(1 + row), np.arange(row, vocab_size, 9)) for row in (1, 3, 4, 6)
         },
         logit_bias={2: bias({0: 5.0, 7: -100.0}), 4: bias({3: 4.0})},
+        allowed={1: ids(1, 5, 9), 7: np.arange(0, vocab_size, 2)},
         banned={4: ids(3), 7: ids(0, 1, 2)},
     )
 
@@ -174,6 +175,24 @@ def test_penalties_and_bias_make_the_exact_logits(
 def test_penalty_columns_of_unlisted_rows_are_ignored() -> None:
     batch = batch_of(2, presence=2, repetition=9, penalized={1: (ids(0), ids(0))})
     assert sample([[1.0, 0.9], [1.0, 0.9]], batch).token_ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_only_allowed_tokens_are_sampled(temperature: float) -> None:
+    rows = 64
+    logits = torch.randn(rows, 9, generator=torch.Generator().manual_seed(5))
+    kept = logits.clone()
+    allowed = {row: ids(1, 4, 4, 8) for row in range(0, rows, 2)}
+    extras: dict[str, Any] = {"temperature": temperature, "seed": list(range(rows))}
+    free = sample(logits, batch_of(rows, **extras)).token_ids
+    batch = batch_of(rows, **extras, allowed=allowed, banned={0: ids(4), 2: ids(1, 8)})
+    found = sample(logits, batch).token_ids
+    assert set(found[::2].tolist()) == {1, 4, 8}
+    assert found[0] in (1, 8) and found[2] == 4
+    assert (found[1::2] == free[1::2]).all()
+    assert (logits == kept).all()
+    alone = sample(logits, batch_of(rows, **extras, allowed={0: ids(3)}))
+    assert alone.token_ids[0] == 3
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -123,3 +123,14 @@ def test_smollm2_reads_its_special_tokens(smollm2: TextProcessor) -> None:
     }
     assert smollm2.tokenizer.eos_id == 2
     assert smollm2.tokenizer.bytes_are_exact
+
+
+def test_spellings_of_words(kinds: dict[str, Tokenizer], smollm2: TextProcessor) -> None:
+    for tokenizer in (*kinds.values(), smollm2.tokenizer):
+        found = tokenizer.spellings(["cat", " cat", "the cat sat"])
+        alone = tokenizer.encode("cat", add_special_tokens=False)
+        after = tokenizer.encode(" cat", add_special_tokens=False)
+        assert alone in found and after in found
+        assert len(found) == len({tuple(ids) for ids in found}) <= 4
+        assert tokenizer.spellings([]) == []
+    assert smollm2.tokenizer.decode(smollm2.tokenizer.spellings(["cat"])[0]).strip() == "cat"

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from headrace.api import health, models, openapi, tokenize
+from headrace.api import admin, docs, health, models, openapi, tokenize
 from headrace.api.api_config import ApiConfig
 from headrace.api.chat import create_chat_completion
 from headrace.api.completions import create_completion
@@ -20,6 +20,14 @@ from headrace.api.responses import on_headrace_error, on_http_exception
 from headrace.api.services import Services
 from headrace.errors import HeadraceError
 
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "retry-after",
+    "openai-processing-ms",
+    "server-timing",
+    "headrace-sampling",
+)
+
 
 def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> FastAPI:
     """The application. `app.state.services` holds what the process around it needs:
@@ -29,22 +37,24 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
     * `services.models` may be filled before or after: an entry without text is "loading".
     """
     services = Services(config=config, models=table, metrics=metrics, ledger=RequestLedger(metrics))
-    app = FastAPI(title="Headrace", version=config.version)
+    # Without FastAPI's own pages: they load scripts from elsewhere.
+    app = FastAPI(title="Headrace", version=config.version, docs_url=None, redoc_url=None)
     app.state.services = services
     app.add_exception_handler(HeadraceError, on_headrace_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_api_route("/v1/chat/completions", create_chat_completion, methods=["POST"])
     app.add_api_route("/v1/completions", create_completion, methods=["POST"])
-    for router in (models.router, tokenize.router, health.router):
+    for router in (models.router, tokenize.router, health.router, admin.router, docs.router):
         app.include_router(router)
     openapi.describe(app)
+    app.add_middleware(RequestMiddleware, services=services)
+    # Around all others, so that a page can read refusals, too.
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after", "openai-processing-ms"],
+            expose_headers=EXPOSED_HEADERS,
         )
-    app.add_middleware(RequestMiddleware, services=services)
     return app

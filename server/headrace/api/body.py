@@ -17,6 +17,9 @@ from headrace.api.services import services_of
 from headrace.api.streaming import ClientGoneError
 from headrace.errors import InvalidRequestError, RequestTooLargeError
 
+MAX_JSON_VALUES = 2**20
+"""In one body: what is parsed on the event loop must not stop it for long."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -55,10 +58,16 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def parse_body(kind: type[Model], raw: bytes, *, strict_fields: bool) -> tuple[Model, list[str]]:
-    """The typed body and the names of its unknown fields.
+    """The typed body and the names of its unknown fields. Takes at most about a second, whatever
+    the bytes are.
 
     Raises InvalidRequestError or UnsupportedParameterError for the first thing that is wrong.
     """
+    # Counted in texts, too: a text with so many is longer than what a model takes.
+    if len(raw) > MAX_JSON_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise RequestTooLargeError(
+            f"The body holds more than {MAX_JSON_VALUES} values; split it over several requests."
+        )
     try:
         body = kind.model_validate_json(raw)
     except ValidationError as error:

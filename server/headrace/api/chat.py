@@ -21,7 +21,7 @@ from headrace.api.generation import (
     new_id,
     start,
 )
-from headrace.api.prompts import check_lengths, encode_chat
+from headrace.api.prompts import Truncation, check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
@@ -29,6 +29,7 @@ from headrace.api.tools import tool_use
 
 
 async def create_chat_completion(request: Request) -> Response:
+    """Messages in, an assistant message for each choice out."""
     services = services_of(request)
     with services.counting_rejections():
         services.check_admission()
@@ -48,6 +49,7 @@ async def create_chat_completion(request: Request) -> Response:
             add_special_tokens=body.add_special_tokens,
             tools=use.tools if use else (),
             kwargs=body.chat_template_kwargs,
+            truncation=Truncation.of(body, info),
         )
         check_lengths([prompt], sampling.max_tokens, info, param="messages")
         context = RequestContext.of(request, body, new_id("chatcmpl"))
@@ -125,20 +127,27 @@ class ChatReply(Reply):
 
     def extras(self, generation: Generation) -> dict[str, Any]:
         extras = super().extras(generation)
-        first = generation.choices[0]
+        prompt = generation.choices[0].prompt_token_ids
         if self._token_ids:
-            extras["prompt_token_ids"] = first.prompt_token_ids
-        if first.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = logprobs.prompt_entries(
-                self._tokenizer, first.prompt_token_ids, first.prompt_logprobs
-            )
+            extras["prompt_token_ids"] = prompt
+        for choice in generation.choices:  # in a stream any of them may be the first
+            if choice.prompt_logprobs is not None:
+                entries = logprobs.prompt_entries(self._tokenizer, prompt, choice.prompt_logprobs)
+                extras["prompt_logprobs"] = entries
+                break
         return extras
 
     def _logprobs(self, deltas: list[TextDelta]) -> dict[str, Any] | None:
         if self._top_logprobs is None:
             return None
         content = [
-            logprobs.chat_entry(self._tokenizer, delta.token_id, delta.logprobs, self._top_logprobs)
+            logprobs.chat_entry(
+                self._tokenizer,
+                delta.token_id,
+                delta.logprobs,
+                self._top_logprobs,
+                as_ids=self._tokens_as_ids,
+            )
             for delta in deltas
             if delta.token_id is not None and delta.logprobs is not None
         ]

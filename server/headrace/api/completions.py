@@ -18,11 +18,12 @@ from headrace.api.generation import (
     RequestContext,
     TextDelta,
     Usage,
+    check_choices,
     new_id,
     start,
 )
 from headrace.api.logprobs import CompletionLogprobs
-from headrace.api.prompts import check_lengths, encode_prompt
+from headrace.api.prompts import Truncation, check_lengths, encode_prompt
 from headrace.api.protocol import CompletionRequest
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
@@ -30,6 +31,7 @@ from headrace.text.detokenizer import Detokenizer
 
 
 async def create_completion(request: Request) -> Response:
+    """Text or token ids in, their continuation out."""
     services = services_of(request)
     with services.counting_rejections():
         services.check_admission()
@@ -38,8 +40,13 @@ async def create_completion(request: Request) -> Response:
         model = services.models.find(body.model)
         text, info = model.loaded()
         sampling = body.sampling()
+        check_choices(body.num_prompts, sampling.n)  # before they are tokenized
         prompts = await encode_prompt(
-            text, body.prompt, info, add_special_tokens=body.add_special_tokens
+            text,
+            body.prompt,
+            info,
+            add_special_tokens=body.add_special_tokens,
+            truncation=Truncation.of(body, info),
         )
         check_lengths(prompts, sampling.max_tokens, info, param="prompt")
         context = RequestContext.of(request, body, new_id("cmpl"))
@@ -72,11 +79,7 @@ class CompletionReply(Reply):
             "logprobs": self._take_logprobs(choice, deltas, first=True),
             "finish_reason": choice.finish_reason,
         }
-        if self._body.prompt_logprobs is not None and choice.prompt_logprobs is not None:
-            shaped["prompt_logprobs"] = logprobs.prompt_entries(
-                self._tokenizer, choice.prompt_token_ids, choice.prompt_logprobs
-            )
-        return self._with_token_ids(shaped, choice, deltas, first=True)
+        return self._with_prompt(shaped, choice, deltas, first=True)
 
     def chunk_choice(self, choice: Choice, delta: TextDelta, *, first: bool) -> dict[str, Any]:
         deltas = self._wanted([delta])
@@ -87,7 +90,7 @@ class CompletionReply(Reply):
             "logprobs": self._take_logprobs(choice, deltas, first=first),
             "finish_reason": delta.finish_reason,
         }
-        return self._with_token_ids(shaped, choice, deltas, first=first)
+        return self._with_prompt(shaped, choice, deltas, first=first)
 
     def usage(self, generation: Generation) -> Usage:
         usage = super().usage(generation)
@@ -97,9 +100,15 @@ class CompletionReply(Reply):
         """Nothing, when only the prompt's log-probabilities are: the engine makes one token."""
         return [] if self._body.echo_only else deltas
 
-    def _with_token_ids(
+    def _with_prompt(
         self, shaped: dict[str, Any], choice: Choice, deltas: list[TextDelta], *, first: bool
     ) -> dict[str, Any]:
+        """With token ids and the prompt's log-probabilities, as asked for."""
+        entries = choice.prompt_logprobs
+        if first and entries is not None and self._body.prompt_logprobs is not None:
+            shaped["prompt_logprobs"] = logprobs.prompt_entries(
+                self._tokenizer, choice.prompt_token_ids, entries
+            )
         if self._token_ids:
             shaped["token_ids"] = [delta.token_id for delta in deltas if delta.token_id is not None]
             if first:
@@ -110,6 +119,8 @@ class CompletionReply(Reply):
         """The prompt as it was sent, or as its token ids read."""
         if not self._body.echo:
             return ""
+        if self._body.truncate_prompt_tokens:
+            return self._tokenizer.decode(choice.prompt_token_ids)
         prompt = self._body.prompt
         if isinstance(prompt, str):
             return prompt
@@ -123,7 +134,9 @@ class CompletionReply(Reply):
             return None
         collected = self._logprobs.get(choice.index)
         if collected is None:
-            collected = CompletionLogprobs(self._tokenizer, self._body.logprobs)
+            collected = CompletionLogprobs(
+                self._tokenizer, self._body.logprobs, as_ids=self._tokens_as_ids
+            )
             self._logprobs[choice.index] = collected
         if first and self._body.echo:
             self._add_prompt(collected, choice)

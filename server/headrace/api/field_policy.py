@@ -1,7 +1,7 @@
-"""What happens to request fields that the protocol models do not hold: one table, as data.
+"""What happens to request fields: one table, as data.
 
-A field here is harmless (its value changes no output), or refused unless its value is neutral. One
-that is neither here nor in a model is unknown: named in the response, refused when strict.
+A field of the protocol models is honoured. Any other one is harmless (its value changes no output),
+or refused unless its value is neutral, or unknown: named in the response, refused when strict.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ class Refused:
 
 MAX_NAMED, MAX_NAME = 32, 64
 
-HARMLESS = frozenset(
-    {
-        "metadata",
-        "user",
-        "safety_identifier",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "session_id",
-    }
-)
+# Accepted: the value changes no output. Why it does not.
+HARMLESS: dict[str, str] = {
+    "metadata": "A note for stored completions; nothing is stored.",
+    "user": "Who asks; the API key decides what is allowed.",
+    "safety_identifier": "Who asks; nothing is reported.",
+    "prediction": "A hint for speed; the output is the same without.",
+    "prompt_cache_key": "A hint for routing; prefixes are cached without. cache_salt keeps apart.",
+    "prompt_cache_options": "Prefixes are always cached.",
+    "prompt_cache_retention": "A cached prefix stays until its memory is needed.",
+    "request_id": "Name a request by the header x-request-id.",
+    "session_id": "A hint for routing.",
+    "spaces_between_special_tokens": "No space is ever put between special tokens.",
+}
 
 _OMIT = "Leave it out."
 _TOOLS = "Use tools and tool_choice."
@@ -57,10 +58,13 @@ REFUSED: dict[str, Refused] = {
     "verbosity": Refused("Ask for a length in a message, or set max_tokens.", ("medium",)),
     "web_search_options": Refused("There is no web search; leave it out."),
     # Extensions of other servers whose silent loss would change the output
-    "allowed_token_ids": Refused("Use logit_bias."),
-    "bad_words": Refused("Use logit_bias.", ([],)),
     "chat_template": Refused("Start the server with another template."),
-    "documents": Refused("Put the documents into a message.", ([],)),
+    "documents": Refused(
+        "Put them into a message, or into chat_template_kwargs if the template knows them.",
+        ([],),
+    ),
+    "ec_transfer_params": Refused(_OMIT),
+    "echo": Refused("Chat does not repeat its messages; /v1/completions has echo.", (False,)),
     "early_stopping": Refused("Beam search is not supported; leave it out.", (False,)),
     "ebnf": Refused(_STRUCTURED),
     "grammar": Refused(_STRUCTURED),
@@ -71,6 +75,7 @@ REFUSED: dict[str, Refused] = {
     "json_schema": Refused(_STRUCTURED),
     "kv_transfer_params": Refused(_OMIT),
     "length_penalty": Refused("Beam search is not supported; leave it out.", (1.0,)),
+    "logprob_token_ids": Refused("Use top_logprobs, or logprobs of /v1/completions.", ([],)),
     "logits_processors": Refused("Use logit_bias and the penalties.", ([],)),
     "max_new_tokens": Refused("Call it max_tokens."),
     "media_io_kwargs": Refused(_TEXT_ONLY, ({},)),
@@ -80,16 +85,65 @@ REFUSED: dict[str, Refused] = {
     "regex": Refused(_STRUCTURED),
     "repeat_penalty": Refused("Call it repetition_penalty.", (1.0,)),
     "repetition_detection": Refused(_OMIT),
-    "return_tokens_as_token_ids": Refused("Use return_token_ids.", (False,)),
-    "spaces_between_special_tokens": Refused("Leave it out or set it to true.", (True,)),
     "stop_regex": Refused("Use stop."),
     "stream_interval": Refused("One event is sent per token; leave it out.", (1,)),
     "structured_outputs": Refused(_STRUCTURED),
     "thinking_token_budget": Refused("Use max_tokens."),
-    "truncate_prompt_tokens": Refused("Send a prompt that fits the context.", (0,)),
-    "truncation_side": Refused("Send a prompt that fits the context."),
     "typical_p": Refused("Use top_p or min_p.", (1.0,)),
+    "vllm_xargs": Refused(_OMIT, ({},)),
     "use_beam_search": Refused("Use n with a temperature above 0.", (False,)),
+}
+
+
+# The fields of the models: what they do. For /openapi.json and docs/api.md.
+HONOURED: dict[str, str] = {
+    # OpenAI
+    "model": "A served name or alias; left out: the default model.",
+    "messages": "Text, tool calls and results; content is a string or an array of text parts.",
+    "prompt": "A string, token ids, or an array of strings or of token ids.",
+    "stream": "Server-sent events, one for each token.",
+    "stream_options": "include_usage, and continuous_usage_stats: usage in every event.",
+    "n": "1 to 128 choices; all choices of a request are at most 256.",
+    "seed": "Repeats the output exactly; choice i takes seed + i. Left out: drawn, and told.",
+    "max_tokens": "Chat: as many as fit if left out; completions: 16, and 0 with echo.",
+    "max_completion_tokens": "As max_tokens, and before it.",
+    "stop": "At most 64 strings of at most 1024 characters.",
+    "temperature": "0 (greedy) to 100.",
+    "top_p": "Above 0, to 1.",
+    "presence_penalty": "-2 to 2; counts output tokens.",
+    "frequency_penalty": "-2 to 2; counts output tokens.",
+    "logit_bias": "Token id to -100..100; at most 4096.",
+    "logprobs": "Chat: true or false; completions: 0 to 20. Of the model's own distribution.",
+    "top_logprobs": "0 to 20; needs logprobs.",
+    "echo": "The prompt comes first; with logprobs its log-probabilities, too.",
+    "best_of": "Only equal to n.",
+    "tools": "Functions, at most 512; strict is refused.",
+    "tool_choice": "none, auto, or allowed_tools with mode auto; what forces a call is refused.",
+    "parallel_tool_calls": "false: calls after the first one are dropped.",
+    # Extensions
+    "top_k": "0 or -1: no limit.",
+    "min_p": "0 to 1: least probability, as a part of the likeliest token's.",
+    "repetition_penalty": "Above 0, to 100; counts prompt and output tokens.",
+    "min_tokens": "Nothing ends the output before.",
+    "ignore_eos": "The model's own end tokens do not end the output.",
+    "stop_token_ids": "At most 1024.",
+    "bad_words": "Strings that are not generated in their usual tokens; at most 1024.",
+    "allowed_token_ids": "The only tokens that are sampled; name an end token for a regular end.",
+    "include_stop_str_in_output": "The stop string or stop token stays in the text.",
+    "skip_special_tokens": "false: special tokens are part of the text.",
+    "prompt_logprobs": "0 to 20, for each prompt token; in a stream with a choice's first event.",
+    "truncate_prompt_tokens": "Keeps so many tokens; -1: as many as fit beside the output.",
+    "truncation_side": "Where tokens are cut off: left (so if left out) or right.",
+    "priority": "Lower is served first.",
+    "cache_salt": "Prefixes are shared only with requests of the same salt.",
+    "return_token_ids": "token_ids with each choice, and prompt_token_ids.",
+    "return_tokens_as_token_ids": "Log-probabilities name tokens as token_id:N.",
+    "strict_fields": "true: unknown fields are refused.",
+    "add_special_tokens": "Tokenizing adds special tokens. Chat: false, the template writes them.",
+    "add_generation_prompt": "The template opens the answer.",
+    "continue_final_message": "The answer goes on where the last message ends.",
+    "chat_template_kwargs": "Further variables for the chat template, such as enable_thinking.",
+    "include_reasoning": "false: what the model thinks is dropped.",
 }
 
 

@@ -6,11 +6,12 @@ Owns the requests it submits: whatever happens to the HTTP side, they end with i
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastapi import Request
 
@@ -20,7 +21,9 @@ from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
 from headrace.api.services import services_of
 from headrace.engine.client import (
     FinishReason,
+    ModelInfo,
     RequestOutput,
+    RequestRecord,
     RequestStream,
     TokenLogprobs,
 )
@@ -37,6 +40,21 @@ from headrace.text.output_text import OutputText
 from headrace.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256  # prompts x n in one HTTP request
+SEED_BITS = 53  # a drawn seed survives JSON in every language
+IN_EFFECT = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "n",
+    "max_tokens",
+    "min_tokens",
+    "ignore_eos",
+)
 
 
 class TextDelta(NamedTuple):
@@ -56,11 +74,27 @@ class TextDelta(NamedTuple):
     pieces: Sequence[MessagePiece] = ()
 
 
+class Timing(NamedTuple):
+    """Where the time of a request went, in seconds; of several choices, of the slowest."""
+
+    queue: float
+    """From arrival to the first step."""
+    prefill: float
+    """From there to the first token."""
+    decode: float
+    """From there to the last token."""
+    preemptions: int | None
+    """How often the choices gave up their memory; None when a stop string ended one of them, for
+    the engine has not told yet."""
+
+
 class Usage(NamedTuple):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int | None
     """None while unknown."""
+    timing: Timing | None = None
+    """None until the end."""
     reasoning_tokens: int | None = None
     """Of the completion's. None where reasoning is not told apart."""
 
@@ -110,6 +144,10 @@ class Choice:
         self.completion_tokens = 0
         self.cached_tokens: int | None = None
         self.finish_reason: str | None = None
+        self.timing: Timing | None = None
+        """Set with finish_reason."""
+        self._arrival_time = request.arrival_time
+        self._times = (0.0, 0.0)  # of the first step, and of the first token
         self._request_id = request.request_id
         self._stream = stream
         self._ledger = ledger
@@ -142,6 +180,9 @@ class Choice:
             self.prompt_logprobs = output.prompt_logprobs
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
+            # After a restart of the engine there is another first output.
+            if not self.completion_tokens:
+                self._times = (output.scheduled_time, output.first_token_time)
         self._meter.tokens(len(output.token_ids))
         ending = output.finish_reason
         if ending is not None and ending not in (FinishReason.STOP, FinishReason.LENGTH):
@@ -161,10 +202,21 @@ class Choice:
         elif ending is not None:
             self.finish_reason = str(ending)
         if self.finish_reason is not None:
+            self.timing = self._timing(output.record)
             if not deltas:  # it ended between tokens
                 deltas.append(TextDelta(None, self._text.finish(), None, None))
             deltas[-1] = deltas[-1]._replace(finish_reason=self.finish_reason)
         return deltas
+
+    def _timing(self, record: RequestRecord | None) -> Timing:
+        scheduled, first = self._times
+        end = time.monotonic() if record is None else record.finished_time
+        return Timing(
+            max(scheduled - self._arrival_time, 0.0),
+            max(first - scheduled, 0.0),
+            max(end - first, 0.0),
+            None if record is None else record.preemptions,
+        )
 
     def close(self) -> None:
         """End the request, if it still runs. Idempotent."""
@@ -175,10 +227,21 @@ class Choice:
 class Generation:
     """All choices of one HTTP request: for each prompt, n of them in a row."""
 
-    def __init__(self, prompt_tokens: int, n: int) -> None:
+    def __init__(
+        self, prompts: Sequence[list[int]], sampling: SamplingParams, info: ModelInfo
+    ) -> None:
         self.choices: list[Choice] = []
-        self._prompt_tokens = prompt_tokens
-        self._n = n
+        self._sampling = sampling
+        self._room = info.max_model_len - max(map(len, prompts))
+        self._prompt_tokens = sum(map(len, prompts))
+        self._n = sampling.n
+
+    def sampling_in_effect(self) -> dict[str, Any]:
+        """The parameters that choose tokens, with what the request left open: sent again, they
+        give the same output. Of several prompts the longest one limits max_tokens."""
+        values = {name: getattr(self._sampling, name) for name in IN_EFFECT}
+        values["max_tokens"] = min(self._sampling.max_tokens or self._room, self._room)
+        return values
 
     @property
     def usage(self) -> Usage:
@@ -189,7 +252,18 @@ class Generation:
             self._prompt_tokens,
             sum(choice.completion_tokens for choice in self.choices),
             sum(known) if len(known) == len(cached) else None,
+            self._timing(),
         )
+
+    def _timing(self) -> Timing | None:
+        timings = [choice.timing for choice in self.choices]
+        ended = [timing for timing in timings if timing is not None]
+        if len(ended) < len(timings) or not ended:
+            return None
+        queue, prefill, decode, preemptions = zip(*ended, strict=True)
+        counts = [count for count in preemptions if count is not None]
+        known = len(counts) == len(preemptions)
+        return Timing(max(queue), max(prefill), max(decode), sum(counts) if known else None)
 
     async def run(self, emit: Callable[[Choice, list[TextDelta]], None]) -> None:
         """Run all choices to their end. The first failure ends the others and is raised."""
@@ -222,14 +296,12 @@ def start(
 
     Raises what EngineClient.submit raises; then nothing is left submitted.
     """
-    text, _ = model.loaded()
-    if len(prompts) * sampling.n > MAX_CHOICES:
-        raise InvalidRequestError(
-            f"{len(prompts)} prompts with n = {sampling.n} make more than {MAX_CHOICES} choices; "
-            "split them over several requests.",
-            param="n" if sampling.n > 1 else "prompt",
-        )
-    generation = Generation(sum(map(len, prompts)), sampling.n)
+    text, info = model.loaded()
+    check_choices(len(prompts), sampling.n)
+    if sampling.seed is None:  # drawn here, so that the response can tell it
+        sampling = dataclasses.replace(sampling, seed=secrets.randbits(SEED_BITS))
+    generation = Generation(prompts, sampling, info)
+    banned = text.tokenizer.spellings(sampling.bad_words)
     arrival = time.monotonic()
     several = len(prompts) * sampling.n > 1
     try:
@@ -244,6 +316,7 @@ def start(
                     priority=context.priority,
                     cache_salt=context.cache_salt,
                     model_revision=model.revision,
+                    banned_sequences=banned,
                     trace_context=context.trace_context,
                 )
                 stream = model.client.submit(request)
@@ -254,6 +327,16 @@ def start(
         generation.close()
         raise
     return generation
+
+
+def check_choices(num_prompts: int, n: int) -> None:
+    """Raises InvalidRequestError for more choices than one HTTP request may have."""
+    if num_prompts * n > MAX_CHOICES:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts with n = {n} make more than {MAX_CHOICES} choices; split them "
+            "over several requests.",
+            param="n" if n > 1 else "prompt",
+        )
 
 
 def new_id(prefix: str) -> str:

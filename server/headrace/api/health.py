@@ -48,11 +48,13 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/version")
 async def version(request: Request) -> Response:
+    """The version of this server."""
     return json_response({"version": services_of(request).config.version})
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
     sink = services_of(request).metrics
     return Response(sink.render(), headers={"content-type": sink.content_type})
 

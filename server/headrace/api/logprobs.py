@@ -13,13 +13,27 @@ _LOWEST = -9999.0  # what OpenAI sends for "impossible": JSON has no infinity
 
 
 def chat_entry(
-    tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs, top: int
+    tokenizer: Tokenizer,
+    token_id: int,
+    logprobs: TokenLogprobs,
+    top: int,
+    *,
+    as_ids: bool = False,
 ) -> dict[str, Any]:
-    """One element of a chat choice's `logprobs.content`."""
+    """One element of a chat choice's `logprobs.content`. `as_ids`: tokens are named by number."""
+
+    def token(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token_id)
+        return {
+            "token": _id_name(token_id) if as_ids else raw.decode(errors="replace"),
+            "logprob": _finite(logprob),
+            "bytes": list(raw),
+        }
+
     pairs = zip(logprobs.top_token_ids[:top], logprobs.top_logprobs, strict=False)
     return {
-        **_chat_token(tokenizer, token_id, logprobs.logprob),
-        "top_logprobs": [_chat_token(tokenizer, other, logprob) for other, logprob in pairs],
+        **token(token_id, logprobs.logprob),
+        "top_logprobs": [token(other, logprob) for other, logprob in pairs],
     }
 
 
@@ -27,13 +41,13 @@ class CompletionLogprobs:
     """The four parallel lists of a completion's `logprobs`.
 
     `text_offset` counts characters from the beginning of the choice's text (the echoed prompt
-    included).
+    included). `as_ids`: tokens are named by number.
     """
 
-    def __init__(self, tokenizer: Tokenizer, top: int, *, offset: int = 0) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, top: int, *, as_ids: bool = False) -> None:
+        self._name = _id_name if as_ids else tokenizer.token_string
         self._top = top
-        self.offset = offset
+        self.offset = 0
         self._tokens: list[str] = []
         self._token_logprobs: list[float | None] = []
         self._top_logprobs: list[dict[str, float] | None] = []
@@ -41,7 +55,7 @@ class CompletionLogprobs:
 
     def add(self, token_id: int, text: str, logprobs: TokenLogprobs | None) -> None:
         """`text` is what the token added. The first token of a prompt has no log-probability."""
-        name = self._tokenizer.token_string(token_id)
+        name = self._name(token_id)
         self._tokens.append(name)
         self._offsets.append(self.offset)
         self.offset += len(text)
@@ -54,7 +68,7 @@ class CompletionLogprobs:
         pairs = zip(logprobs.top_token_ids[: self._top], logprobs.top_logprobs, strict=False)
         for other, value in pairs:
             # Best first: of two tokens with one name the likelier stays.
-            top.setdefault(self._tokenizer.token_string(other), _finite(value))
+            top.setdefault(self._name(other), _finite(value))
         top.setdefault(name, logprob)
         self._token_logprobs.append(logprob)
         self._top_logprobs.append(top)
@@ -105,13 +119,9 @@ def _prompt_token(
     }
 
 
-def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    raw = tokenizer.token_bytes(token_id)
-    return {
-        "token": raw.decode(errors="replace"),
-        "logprob": _finite(logprob),
-        "bytes": list(raw),
-    }
+def _id_name(token_id: int) -> str:
+    """What vLLM calls a token when return_tokens_as_token_ids is set."""
+    return f"token_id:{token_id}"
 
 
 def _finite(logprob: float) -> float:

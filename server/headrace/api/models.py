@@ -16,6 +16,7 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
+    """The served names."""
     models = services_of(request).models
     data = [_card(model, name) for model in models for name in (model.name, *model.aliases)]
     return json_response({"object": "list", "data": data})
@@ -23,6 +24,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(request: Request) -> Response:
+    """One served name, with what its engine chose."""
     # A typed path parameter would make FastAPI import pydantic.v1, a third of the start-up time.
     model_id: str = request.path_params["model_id"]
     model = services_of(request).models.find(model_id)

@@ -9,7 +9,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from headrace.api.field_policy import HONOURED
 from headrace.api.protocol import (
+    ApplyTemplateRequest,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -21,6 +23,7 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/apply-template": ApplyTemplateRequest,
 }
 _REF = "#/components/schemas/{model}"
 _ERRORS = {
@@ -52,6 +55,10 @@ def _add_bodies(schema: dict[str, Any]) -> None:
     _, definitions = models_json_schema(kinds, ref_template=_REF)  # type: ignore[arg-type]
     schemas = schema.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions["$defs"])
+    for body in (ChatCompletionRequest, CompletionRequest):
+        for name, field in schemas[body.__name__]["properties"].items():
+            if name in HONOURED:
+                field["description"] = HONOURED[name]
     for path, kind in _BODIES.items():
         operation = schema["paths"][path]["post"]
         content = {"application/json": {"schema": {"$ref": _REF.format(model=kind.__name__)}}}

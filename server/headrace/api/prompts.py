@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
 from headrace.api.generation import check_length
+from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
 from headrace.engine.client import ModelInfo
 from headrace.errors import ContextLengthExceededError, InvalidRequestError
 from headrace.text.processor import TextProcessor
@@ -18,6 +20,38 @@ T = TypeVar("T")
 
 # About 2 ms of work: what the event loop, and with it every stream, may stand still.
 MAX_INLINE_CHARACTERS = 16_384
+
+# Characters beyond those that a truncated prompt can need, so that the border does not show.
+TRUNCATION_MARGIN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """What a prompt that is too long is cut to."""
+
+    keep: int
+    """Tokens."""
+    keeps_end: bool
+
+    @classmethod
+    def of(
+        cls, body: ChatCompletionRequest | CompletionRequest, info: ModelInfo
+    ) -> Truncation | None:
+        """None if `body` does not ask for it. -1 leaves the output its room, or one token."""
+        keep = body.truncate_prompt_tokens
+        if not keep:
+            return None
+        if keep == -1:
+            keep = info.max_model_len - max(body.sampling().max_tokens or 1, 1)
+        return cls(max(keep, 1), keeps_end=body.truncation_side != "right")
+
+    def text(self, text: str, tokenizer: Tokenizer) -> str:
+        """The part of `text` that the kept tokens can stand for: only that is tokenized."""
+        most = self.keep * tokenizer.longest_token + TRUNCATION_MARGIN
+        return text[-most:] if self.keeps_end else text[:most]
+
+    def token_ids(self, token_ids: list[int]) -> list[int]:
+        return token_ids[-self.keep :] if self.keeps_end else token_ids[: self.keep]
 
 
 async def encode_chat(
@@ -30,6 +64,7 @@ async def encode_chat(
     add_special_tokens: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
     kwargs: Mapping[str, Any] | None = None,
+    truncation: Truncation | None = None,
 ) -> list[int]:
     """The conversation, in which `tools` may be called, as token ids. Raises a RequestError for
     what the template or the context cannot take."""
@@ -44,6 +79,10 @@ async def encode_chat(
             tools=tools,
             kwargs=kwargs,
         )
+        if truncation is not None:
+            prompt = truncation.text(prompt, text.tokenizer)
+            token_ids = text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            return truncation.token_ids(token_ids)
         _check_size(text.tokenizer, prompt, info.max_model_len, param="messages")
         return text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
@@ -59,14 +98,31 @@ async def encode_prompt(
     info: ModelInfo,
     *,
     add_special_tokens: bool = True,
+    truncation: Truncation | None = None,
 ) -> list[list[int]]:
     """The prompts of a completion request as token ids; one prompt gives a list of one."""
+    if truncation is not None:
+        prompts = await _encode_all(text, prompt, info, truncation, add_special_tokens)
+        return [truncation.token_ids(token_ids) for token_ids in prompts]
+    return await _encode_all(text, prompt, info, None, add_special_tokens)
+
+
+async def _encode_all(
+    text: TextProcessor,
+    prompt: str | list[str] | list[int] | list[list[int]],
+    info: ModelInfo,
+    truncation: Truncation | None,
+    add_special_tokens: bool,
+) -> list[list[int]]:
     texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
     if texts:
+        if truncation is not None:
+            texts = [truncation.text(one, text.tokenizer) for one in texts]
 
         def encode() -> list[list[int]]:
             for one in texts:
-                _check_size(text.tokenizer, one, info.max_model_len, param="prompt")
+                if truncation is None:
+                    _check_size(text.tokenizer, one, info.max_model_len, param="prompt")
             if len(texts) == 1:
                 return [text.tokenizer.encode(texts[0], add_special_tokens=add_special_tokens)]
             return text.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)

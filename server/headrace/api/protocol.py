@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
 from headrace.sampling_params import SamplingParams
@@ -16,13 +16,20 @@ from headrace.sampling_params import SamplingParams
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens on /v1/completions
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_TOKEN_BIASES = 4096  # each is added in each step
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_MESSAGES = 2**16
+MAX_BAD_WORDS = 1024
+MAX_BAD_WORDS_CHARACTERS = 8192  # together: they are tokenized before anything else happens
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 def _check_prompt(value: Any) -> Any:
-    """Tells the four kinds of prompt apart by hand: a union would answer with four errors."""
+    """Tells the four kinds of prompt apart by hand: a union would answer with four errors, and
+    take seconds for a long array."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
@@ -53,6 +60,23 @@ def _check_stop(value: Any) -> Any:
 Stop = Annotated[
     tuple[str, ...],
     BeforeValidator(_check_stop, json_schema_input_type=str | list[str] | None),
+]
+
+
+def _check_bad_words(value: Any) -> Any:
+    words = () if value is None else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise ValueError("must be an array of strings")
+    if len(words) > MAX_BAD_WORDS or sum(map(len, words)) > MAX_BAD_WORDS_CHARACTERS:
+        raise ValueError(
+            f"must hold at most {MAX_BAD_WORDS} strings, of at most {MAX_BAD_WORDS_CHARACTERS} "
+            "characters together"
+        )
+    return tuple(words)
+
+
+BadWords = Annotated[
+    tuple[str, ...], BeforeValidator(_check_bad_words, json_schema_input_type=list[str] | None)
 ]
 
 
@@ -94,20 +118,25 @@ class _GenerationBody(_Body):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_TOKEN_BIASES)] | None = None
     # Extensions
     top_k: Int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Int] | None = None
+    stop_token_ids: Annotated[list[Int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    bad_words: BadWords = ()
+    allowed_token_ids: Annotated[list[Int], Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Int | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     strict_fields: bool | None = None
 
     _passed_on: ClassVar[tuple[str, ...]] = (
@@ -141,10 +170,9 @@ class _GenerationBody(_Body):
             raise InvalidRequestError(
                 "stream_options is only allowed with stream: true.", param="stream_options"
             )
-        if self.prompt_logprobs is not None and self.stream:
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
             raise InvalidRequestError(
-                "prompt_logprobs is only given without streaming; set stream to false.",
-                param="prompt_logprobs",
+                "truncation_side needs truncate_prompt_tokens.", param="truncation_side"
             )
 
     def _sampling(self, **values: Any) -> SamplingParams:
@@ -152,9 +180,12 @@ class _GenerationBody(_Body):
             value = getattr(self, name)
             if value is not None:
                 values.setdefault(name, value)
+        allowed = self.allowed_token_ids
         return SamplingParams(
             stop=self.stop,
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            bad_words=self.bad_words,
+            allowed_token_ids=allowed if allowed is None else tuple(dict.fromkeys(allowed)),
             logit_bias=_token_biases(self.logit_bias),
             **values,
         )
@@ -192,6 +223,9 @@ class Tool(_Body):
     function: Function
 
 
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
 class _ChatPrompt(_Body):
     """How messages become a prompt."""
 
@@ -203,7 +237,7 @@ class _ChatPrompt(_Body):
 
 
 class ChatCompletionRequest(_GenerationBody, _ChatPrompt):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
@@ -229,7 +263,7 @@ class ChatCompletionRequest(_GenerationBody, _ChatPrompt):
 
 
 class CompletionRequest(_GenerationBody):
-    prompt: Annotated[Prompt, BeforeValidator(_check_prompt, json_schema_input_type=Prompt)]
+    prompt: Annotated[Prompt, PlainValidator(_check_prompt, json_schema_input_type=Prompt)]
     add_special_tokens: bool = True
     echo: bool | None = None
     logprobs: Int | None = None
@@ -242,6 +276,11 @@ class CompletionRequest(_GenerationBody):
                 "best_of is only supported when it equals n; ask for n choices and rank them.",
                 param="best_of",
             )
+
+    @property
+    def num_prompts(self) -> int:
+        prompt = self.prompt
+        return 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
 
     @property
     def echo_only(self) -> bool:
@@ -266,10 +305,15 @@ class TokenizeRequest(_ChatPrompt):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None  # type: ignore[assignment]
     """Default: true for a prompt, false for messages (the template writes its own)."""
     return_token_strs: bool | None = None
+
+
+class ApplyTemplateRequest(_ChatPrompt):
+    model: str | None = None
+    messages: Messages
 
 
 class DetokenizeRequest(_Body):

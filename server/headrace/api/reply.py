@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from fastapi import Request, Response
 
-from headrace.api.generation import Choice, Generation, TextDelta, Usage
+from headrace.api.generation import Choice, Generation, TextDelta, Timing, Usage
 from headrace.api.model_table import ServedModel
 from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
 from headrace.api.services import services_of
@@ -43,6 +43,7 @@ class Reply(ABC):
         self._final_usage = body.wants_usage
         self._running_usage = body.wants_running_usage
         self._token_ids = bool(body.return_token_ids)
+        self._tokens_as_ids = bool(body.return_tokens_as_token_ids)
         self._has_logprobs = body.logprobs is not None and body.logprobs is not False
         self._ignored_fields = ignored_fields
         self._envelope = {
@@ -76,9 +77,12 @@ class Reply(ABC):
 
     async def send(self, request: Request, generation: Generation) -> Response:
         """Run `generation` and answer with it. The generation ends if the client goes away."""
+        headers = {"headrace-sampling": _encode(generation.sampling_in_effect()).decode()}
         if not self._stream:
             answer = await unless_disconnected(request.receive, self._answer(generation))
-            return Response(_encode(answer), media_type="application/json")
+            if (timing := generation.usage.timing) is not None:
+                headers["server-timing"] = server_timing(timing)
+            return Response(_encode(answer), headers=headers, media_type="application/json")
 
         async def produce(outbox: Outbox) -> None:
             events = _Events(self, generation)
@@ -88,7 +92,7 @@ class Reply(ABC):
             outbox.put(DONE)
 
         limit = services_of(request).config.max_unsent_bytes
-        return EventStream(produce, max_unsent=limit)
+        return EventStream(produce, max_unsent=limit, headers=headers)
 
     async def _answer(self, generation: Generation) -> dict[str, Any]:
         deltas: dict[int, list[TextDelta]] = {choice.index: [] for choice in generation.choices}
@@ -124,7 +128,7 @@ class _Events:
         self._generation = generation
         self._begun: set[int] = set()
         self._around_text: dict[tuple[int, str], list[bytes]] = {}
-        self._extras = reply.extras(generation)
+        self._extras_are_due = True
 
     def of(self, choice: Choice, deltas: list[TextDelta]) -> bytes:
         parts: list[bytes] = []
@@ -145,8 +149,9 @@ class _Events:
     def _event(self, choice: Choice, delta: TextDelta, *, first: bool) -> bytes:
         content = self._reply.chunk_choice(choice, delta, first=first)
         chunk = self._reply.chunk([content], self._generation)
-        chunk.update(self._extras)
-        self._extras = {}
+        if self._extras_are_due:
+            self._extras_are_due = False
+            chunk.update(self._reply.extras(self._generation))
         return _event(chunk)
 
     def _around(self, choice: Choice, kind: Literal["content", "reasoning"] | None) -> list[bytes]:
@@ -165,7 +170,8 @@ class _Events:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """OpenAI's `usage`; what is not known is left out."""
+    """OpenAI's `usage`; what is not known is left out. At the end also where the time went, in
+    milliseconds."""
     shaped: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -175,7 +181,24 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         shaped["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
     if usage.reasoning_tokens is not None:
         shaped["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    if (timing := usage.timing) is not None:
+        shaped["headrace"] = {
+            "queue_ms": _milliseconds(timing.queue),
+            "prefill_ms": _milliseconds(timing.prefill),
+            "decode_ms": _milliseconds(timing.decode),
+            "preemptions": timing.preemptions,
+        }
     return shaped
+
+
+def server_timing(timing: Timing) -> str:
+    """The Server-Timing header (https://www.w3.org/TR/server-timing): durations in ms."""
+    stages = {"queue": timing.queue, "prefill": timing.prefill, "decode": timing.decode}
+    return ", ".join(f"{name};dur={_milliseconds(value)}" for name, value in stages.items())
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -76,12 +76,16 @@ class EventStream(StreamingResponse):
     """
 
     def __init__(
-        self, produce: Callable[[Outbox], Coroutine[Any, Any, None]], *, max_unsent: int
+        self,
+        produce: Callable[[Outbox], Coroutine[Any, Any, None]],
+        *,
+        max_unsent: int,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             iter(()),
             media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
         )
         self._produce = produce
         self._outbox = Outbox(max_unsent)

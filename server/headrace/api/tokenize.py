@@ -3,11 +3,18 @@ and evaluation harnesses use."""
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request, Response
 
 from headrace.api.body import receive
 from headrace.api.prompts import encode_chat, encode_prompt
-from headrace.api.protocol import DetokenizeRequest, TokenizeRequest, plain_messages
+from headrace.api.protocol import (
+    ApplyTemplateRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    plain_messages,
+)
 from headrace.api.responses import json_response
 from headrace.api.services import services_of
 from headrace.api.tools import template_tools
@@ -18,6 +25,7 @@ router = APIRouter()
 
 @router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
+    """A prompt, or messages, as token ids."""
     body, _ = await receive(request, TokenizeRequest)
     text, info = services_of(request).models.find(body.model).loaded()
     if (body.prompt is None) == (body.messages is None):
@@ -49,8 +57,28 @@ async def tokenize(request: Request) -> Response:
     )
 
 
+@router.post("/apply-template")
+async def apply_template(request: Request) -> Response:
+    """The prompt that messages become, as llama.cpp's server has it: nothing is computed."""
+    body, _ = await receive(request, ApplyTemplateRequest)
+    text, _ = services_of(request).models.find(body.model).loaded()
+    generates = body.add_generation_prompt
+    if generates is None:
+        generates = not body.continue_final_message
+    prompt = await asyncio.to_thread(
+        text.render_chat,
+        plain_messages(body.messages),
+        add_generation_prompt=generates,
+        continue_final_message=body.continue_final_message,
+        tools=template_tools(body.tools),
+        kwargs=body.chat_template_kwargs,
+    )
+    return json_response({"prompt": prompt})
+
+
 @router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
+    """Token ids as text, special tokens included."""
     body, _ = await receive(request, DetokenizeRequest)
     text, info = services_of(request).models.find(body.model).loaded()
     for index, token in enumerate(body.tokens):

@@ -70,6 +70,10 @@ class RequestOutput:
     """One entry per prompt token (None for the first), once, with the first output."""
     cached_tokens: int | None = None
     """Prompt tokens whose KV came from the prefix cache; with the first output."""
+    scheduled_time: float = 0.0
+    """time.monotonic() at which the first step with this request began; with the first output."""
+    first_token_time: float = 0.0
+    """time.monotonic() at which the first token was known; with the first output."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The stop token that ended the request; it is the last of `token_ids`."""

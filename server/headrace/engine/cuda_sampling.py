@@ -194,7 +194,7 @@ class DeviceSampler:
 
     def _adjusted(self, logits: Tensor, chunk: slice, batch: ScheduledBatch) -> Tensor:
         running = self._running
-        if not (running.penalized or running.biased or running.with_min_tokens):
+        if not running.adjusts_logits:
             return logits
         rows, positions = batch.rows[batch.samples][chunk], batch.ends[batch.samples][chunk]
         return adjusted(logits, sampling_columns(running, rows, positions), self._upload)

@@ -50,6 +50,7 @@ class LiveStream:
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._cached_tokens: int | None = None
+        self._times = (0.0, 0.0)
         self._end: RequestOutput | None = None
         self._error: HeadraceError | None = None
         self._news = asyncio.Event()
@@ -74,13 +75,15 @@ class LiveStream:
             logprobs=self._logprobs or None,
             prompt_logprobs=self._prompt_logprobs,
             cached_tokens=self._cached_tokens,
+            scheduled_time=self._times[0],
+            first_token_time=self._times[1],
             finish_reason=end.finish_reason if end else None,
             stop_token_id=end.stop_token_id if end else None,
             error=end.error if end else None,
             record=end.record if end else None,
         )
         self._tokens, self._logprobs, self._prompt_logprobs = [], [], None
-        self._cached_tokens = None
+        self._cached_tokens, self._times = None, (0.0, 0.0)
         return output
 
     def abort(self) -> None:
@@ -103,6 +106,7 @@ class LiveStream:
             self._prompt_logprobs = output.prompt_logprobs
         if output.cached_tokens is not None:
             self._cached_tokens = output.cached_tokens
+            self._times = (output.scheduled_time, output.first_token_time)
         if output.finish_reason is not None:
             self._end = output
             self.done = True
@@ -311,6 +315,8 @@ def _check(request: GenerateRequest, info: ModelInfo) -> None:
     for name, ids in (
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", tuple(sampling.logit_bias or ())),
+        ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ("bad_words", tuple(itertools.chain.from_iterable(request.banned_sequences))),
     ):
         unknown = [token_id for token_id in ids if not 0 <= token_id < info.vocab_size]
         if unknown:
@@ -318,4 +324,15 @@ def _check(request: GenerateRequest, info: ModelInfo) -> None:
                 f"{name} names token {unknown[0]}, but the vocabulary is "
                 f"[0, {info.vocab_size - 1}].",
                 param=name,
+            )
+    if sampling.allowed_token_ids is not None:
+        left = set(sampling.allowed_token_ids)
+        left -= {sequence[0] for sequence in request.banned_sequences if len(sequence) == 1}
+        if sampling.min_tokens:
+            left -= {*sampling.stop_token_ids, *(() if sampling.ignore_eos else info.eos_token_ids)}
+        if not left:
+            raise InvalidRequestError(
+                "allowed_token_ids names only tokens that bad_words or min_tokens forbid; name "
+                "others, too.",
+                param="allowed_token_ids",
             )

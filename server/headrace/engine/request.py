@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.engine.client import FinishReason, RequestRecord, TokenLogprobs
+from headrace.engine.token_rules import BannedSequences
 from headrace.sampling_params import GenerateRequest, SamplingParams
 
 IntArray = NDArray[np.int32]
@@ -42,6 +43,9 @@ class Request:
     seed: int
     stop_token_ids: frozenset[int]
     """Tokens that end generation: the request's own and, unless ignore_eos, the model's."""
+    allowed_token_ids: LongArray | None = None
+    """The only tokens that can be sampled, if that was asked for."""
+    banned: BannedSequences | None = None
     row: int = -1
     """Its row in RunningRequests, or -1 while waiting."""
     num_cached_tokens: int = 0
@@ -138,12 +142,14 @@ class RunningRequests:
         # Rows that need more than columns can say; empty sets cost an all-default step nothing.
         self.penalized: set[int] = set()
         self.biased: set[int] = set()
+        self.restricted: set[int] = set()  # to allowed_token_ids, or by banned sequences
         self.with_min_tokens: set[int] = set()
         self.with_stop_tokens: set[int] = set()
         self.with_prompt_logprobs: set[int] = set()
         self._side_sets = (
             self.penalized,
             self.biased,
+            self.restricted,
             self.with_min_tokens,
             self.with_stop_tokens,
             self.with_prompt_logprobs,
@@ -163,9 +169,14 @@ class RunningRequests:
         """Active rows whose next token can be computed now, ascending: not those that the step in
         flight brings to their full length, nor those that need the token it samples."""
         can = self.active & (self.num_tokens < self.max_total_tokens)
-        if self.penalized:
+        if self.penalized or self.restricted:
             can &= ~(self.needs_known_tokens & (self.num_known_tokens < self.num_tokens))
         return np.flatnonzero(can)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether some row's logits are changed before a token is sampled from them."""
+        return bool(self.penalized or self.biased or self.restricted or self.with_min_tokens)
 
     def any_ending(self) -> bool:
         """Whether the step in flight brings a row to its full length."""
@@ -228,9 +239,13 @@ class RunningRequests:
             or sampling.frequency_penalty != 0.0
             or sampling.repetition_penalty != 1.0
         )
-        self.needs_known_tokens[row] = penalized
+        banned = request.banned
+        looks_back = banned is not None and banned.looks_back
+        self.needs_known_tokens[row] = penalized or looks_back
         if penalized:
             self.penalized.add(row)
+        if request.allowed_token_ids is not None or banned is not None:
+            self.restricted.add(row)
         if sampling.logit_bias:
             self.biased.add(row)
         self.min_total_tokens[row] = 0

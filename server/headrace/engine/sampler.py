@@ -53,8 +53,10 @@ class SamplingBatch:
     """Row -> (prompt ids, output ids). The penalties of other rows are ignored."""
     logit_bias: Mapping[int, tuple[TokenIds, FloatColumn]] = field(default_factory=dict)
     """Row -> (distinct ids, what to add to their logits)."""
+    allowed: Mapping[int, TokenIds] = field(default_factory=dict)
+    """Row -> the only ids that can be sampled."""
     banned: Mapping[int, TokenIds] = field(default_factory=dict)
-    """Row -> ids that cannot be sampled now: the end tokens before min_tokens."""
+    """Row -> ids that cannot be sampled now: end tokens before min_tokens, ends of bad words."""
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -120,11 +122,12 @@ class Sampler:
 
 
 def adjusted(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
-    """The logits after penalties, then bias, then bans: a copy, if any row has one of them.
+    """The logits after penalties, then bias, then what is not allowed or banned: a copy, if any
+    row has one of them.
 
     `upload` brings an array to their device.
     """
-    if not (batch.penalized or batch.logit_bias or batch.banned):
+    if not (batch.penalized or batch.logit_bias or batch.allowed or batch.banned):
         return logits
     logits = logits.clone()
     if batch.penalized:
@@ -133,6 +136,12 @@ def adjusted(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
         rows, ids = _pairs({row: ids for row, (ids, _) in batch.logit_bias.items()})
         values = np.concatenate([values for _, values in batch.logit_bias.values()])
         logits[upload(rows), upload(ids)] += upload(values)
+    if batch.allowed:
+        # Added, so that logits that are no numbers stay that.
+        mask = torch.full((len(batch.allowed), logits.shape[1]), -torch.inf, device=logits.device)
+        rows, ids = _pairs(dict(enumerate(batch.allowed.values())))
+        mask[upload(rows), upload(ids)] = 0
+        logits[upload(np.fromiter(batch.allowed, np.int64))] += mask
     if batch.banned:
         rows, ids = _pairs(batch.banned)
         logits[upload(rows), upload(ids)] = -torch.inf

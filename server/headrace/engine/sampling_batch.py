@@ -16,7 +16,7 @@ def sampling_columns(
     """What the sampler needs for `rows`, whose new tokens get `positions`.
 
     Python touches only rows with more than columns. The tokens before a position must be known
-    for penalized rows only: the scheduler waits for them.
+    for penalized rows, and those with banned sequences: the scheduler waits for them.
     """
     return SamplingBatch(
         temperature=running.temperature[rows],
@@ -42,7 +42,7 @@ def _rarities(
         for index in np.flatnonzero(positions < running.min_total_tokens[rows]).tolist():
             stop_token_ids = running.request(int(rows[index])).stop_token_ids
             banned[index] = np.fromiter(stop_token_ids, np.int64)
-    if not (running.penalized or running.biased):
+    if not (running.penalized or running.biased or running.restricted):
         return {"banned": banned}
     index_of = {row: index for index, row in enumerate(rows.tolist())}
     penalized = {}
@@ -57,4 +57,18 @@ def _rarities(
             np.fromiter(bias.keys(), np.int64, len(bias)),
             np.fromiter(bias.values(), np.float32, len(bias)),
         )
-    return {"penalized": penalized, "logit_bias": logit_bias, "banned": banned}
+    allowed = {}
+    for row in running.restricted & index_of.keys():
+        index, request = index_of[row], running.request(row)
+        if request.allowed_token_ids is not None:
+            allowed[index] = request.allowed_token_ids
+        if request.banned is not None:
+            output = running.token_ids[row, running.num_prompt_tokens[row] : positions[index]]
+            if len(ids := request.banned.next_to(output)):
+                banned[index] = np.concatenate((banned[index], ids)) if index in banned else ids
+    return {
+        "penalized": penalized,
+        "logit_bias": logit_bias,
+        "allowed": allowed,
+        "banned": banned,
+    }

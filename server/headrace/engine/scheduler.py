@@ -31,7 +31,12 @@ from headrace.engine.request import (
     Request,
     RunningRequests,
 )
+from headrace.engine.token_rules import BannedSequences
 from headrace.sampling_params import GenerateRequest
+
+_NO_TOKEN = (
+    "No token could be sampled: the model's logits are not numbers, or the request bans all tokens."
+)
 
 
 class Scheduler:
@@ -74,6 +79,7 @@ class Scheduler:
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        allowed = sampling.allowed_token_ids
         request = Request(
             source=source,
             handle=handle,
@@ -83,6 +89,8 @@ class Scheduler:
             max_total_tokens=num_prompt_tokens + max_tokens,
             seed=seed,
             stop_token_ids=eos.union(sampling.stop_token_ids),
+            allowed_token_ids=None if allowed is None else np.array(allowed, np.int64),
+            banned=BannedSequences(source.banned_sequences) if source.banned_sequences else None,
         )
         self._arrivals += 1
         self._requests[source.request_id] = request
@@ -313,8 +321,10 @@ class Scheduler:
     ) -> RequestOutput:
         request = self.running.request(row)
         cached_tokens = None
+        scheduled_time = first_token_time = 0.0
         if not request.first_token_time:
-            request.first_token_time = time.monotonic()
+            first_token_time = request.first_token_time = time.monotonic()
+            scheduled_time = request.scheduled_time
             cached_tokens = request.num_cached_tokens
         logprobs = result.logprobs.get(row)
         prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -333,9 +343,11 @@ class Scheduler:
             logprobs=None if logprobs is None or failed else [logprobs],
             prompt_logprobs=prompt_logprobs,
             cached_tokens=cached_tokens,
+            scheduled_time=scheduled_time,
+            first_token_time=first_token_time,
             finish_reason=reason,
             stop_token_id=token if reason is FinishReason.STOP else None,
-            error="The model produced logits that are not numbers." if failed else None,
+            error=_NO_TOKEN if failed else None,
             record=record,
         )
 

@@ -68,6 +68,14 @@ class Tokenizer:
         leading = self._leading_ids if add_special_tokens else []
         return [[*leading, *encoding.ids] for encoding in encodings]
 
+    def spellings(self, words: Sequence[str]) -> list[list[int]]:
+        """The tokens of each word as it begins a text, and as it follows a space."""
+        if not words:
+            return []
+        texts = [text for word in words for text in (word.lstrip(), f" {word.lstrip()}")]
+        found = {tuple(ids) for ids in self.encode_batch(texts, add_special_tokens=False) if ids}
+        return sorted(map(list, found))
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Ids outside the vocabulary stand for nothing."""
         text: str = self._fast.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
