@@ -75,7 +75,8 @@ class TextDelta(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Where the time of a request went, in seconds; of several choices, of the slowest."""
+    """Where the time of a request went, in seconds; of several choices, of the one that took
+    longest."""
 
     queue: float
     """From arrival to the first step."""
@@ -260,10 +261,10 @@ class Generation:
         ended = [timing for timing in timings if timing is not None]
         if len(ended) < len(timings) or not ended:
             return None
-        queue, prefill, decode, preemptions = zip(*ended, strict=True)
-        counts = [count for count in preemptions if count is not None]
-        known = len(counts) == len(preemptions)
-        return Timing(max(queue), max(prefill), max(decode), sum(counts) if known else None)
+        longest = max(ended, key=lambda timing: timing.queue + timing.prefill + timing.decode)
+        counts = [timing.preemptions for timing in ended if timing.preemptions is not None]
+        known = len(counts) == len(ended)
+        return longest._replace(preemptions=sum(counts) if known else None)
 
     async def run(self, emit: Callable[[Choice, list[TextDelta]], None]) -> None:
         """Run all choices to their end. The first failure ends the others and is raised."""
