@@ -253,7 +253,7 @@ class Generation:
             self._prompt_tokens,
             sum(choice.completion_tokens for choice in self.choices),
             sum(known) if len(known) == len(cached) else None,
-            self._timing(),
+            timing=self._timing(),
         )
 
     def _timing(self) -> Timing | None:
