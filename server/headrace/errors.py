@@ -7,11 +7,13 @@ HeadraceError
 │   ├── ContextLengthExceededError    400  prompt and output do not fit the context
 │   ├── AuthenticationError           401  no key, or a wrong one
 │   ├── ModelNotFoundError            404  no model of that name is served
+│   ├── NotFoundError                 404  no file, batch or response of that id is kept
 │   └── RequestTooLargeError          413  the body is larger than the limit
 ├── OverloadedError           429  the queue is full: come back after `retry_after` seconds
 ├── UnavailableError          503  loading, draining, or the engine is gone
 ├── EngineError               500  a bug, or an engine that could not be restarted
 ├── ConfigError               a start-up option is wrong                  (never over HTTP)
+│   └── StoreVersionError     the data folder is of another version       (never over HTTP)
 └── CheckpointError           model files are missing, corrupt or unknown (never over HTTP)
 """
 
@@ -57,6 +59,10 @@ class ModelNotFoundError(RequestError):
     pass
 
 
+class NotFoundError(RequestError):
+    pass
+
+
 class RequestTooLargeError(RequestError):
     pass
 
@@ -81,6 +87,10 @@ class ConfigError(HeadraceError):
     pass
 
 
+class StoreVersionError(ConfigError):
+    pass
+
+
 class CheckpointError(HeadraceError):
     pass
 
@@ -91,6 +101,7 @@ HTTP_ERRORS: tuple[tuple[type[HeadraceError], int, str, str | None], ...] = (
     (ContextLengthExceededError, 400, "invalid_request_error", "context_length_exceeded"),
     (AuthenticationError, 401, "invalid_request_error", "invalid_api_key"),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (NotFoundError, 404, "invalid_request_error", "not_found"),
     (RequestTooLargeError, 413, "invalid_request_error", "request_too_large"),
     (InvalidRequestError, 400, "invalid_request_error", "invalid_value"),
     (RequestError, 400, "invalid_request_error", None),
