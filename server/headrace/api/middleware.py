@@ -14,6 +14,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.api.inner_request import INSIDE
 from headrace.api.responses import error_response
 from headrace.api.services import Services
 from headrace.api.streaming import ClientGoneError, SlowClientError
@@ -35,7 +36,7 @@ class RequestMiddleware:
         self._keys = [key.encode() for key in services.config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or INSIDE in scope:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
