@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from openai.types import Batch
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from headrace.api.api_config import ApiConfig
 from headrace.api.app import create_app
+from headrace.api.batch_runner import BatchRunner
 from headrace.api.model_table import ModelTable, ServedModel
+from headrace.api.store_sqlite import SqliteStore
 from headrace.engine.client import (
     EngineState,
     EngineStats,
@@ -363,3 +369,82 @@ def serving() -> Callable[[Site], contextlib.AbstractAsyncContextManager[Running
 async def server(site: Site) -> AsyncIterator[RunningServer]:
     async with serve(site) as running:
         yield running
+
+
+# --- what is kept -------------------------------------------------------------------------------
+
+
+@dataclass
+class Keeping:
+    """A site that keeps files and batches in a folder, and works on them."""
+
+    site: Site
+    store: SqliteStore
+    runner: BatchRunner
+    http: httpx.AsyncClient
+    openai: openai.AsyncOpenAI
+
+    async def upload(self, *lines: Any) -> str:
+        """The id of a file with these lines: text and bytes as they are, the rest as JSON."""
+        rows = [line if isinstance(line, str | bytes) else json.dumps(line) for line in lines]
+        data = b"\n".join(row.encode() if isinstance(row, str) else row for row in rows)
+        uploaded = await self.openai.files.create(file=("in.jsonl", data), purpose="batch")
+        return uploaded.id
+
+    async def create(self, *lines: Any, endpoint: Any = "/v1/completions", **more: Any) -> Batch:
+        """A batch of these lines."""
+        return await self.openai.batches.create(
+            input_file_id=await self.upload(*lines),
+            endpoint=endpoint,
+            completion_window="24h",
+            **more,
+        )
+
+    async def run(self, *lines: Any, **more: Any) -> Batch:
+        """A batch of these lines, at its end."""
+        return await self.ended((await self.create(*lines, **more)).id)
+
+    async def ended(self, batch_id: str, seconds: float = 20) -> Batch:
+        async with asyncio.timeout(seconds):
+            while True:
+                batch = await self.openai.batches.retrieve(batch_id)
+                if batch.status in ("completed", "failed", "expired", "cancelled"):
+                    return batch
+                await asyncio.sleep(0.02)
+
+    async def rows(self, file_id: str | None) -> list[dict[str, Any]]:
+        assert file_id is not None
+        content = await self.openai.files.content(file_id)
+        return [json.loads(row) for row in content.text.splitlines()]
+
+
+@contextlib.asynccontextmanager
+async def keep(folder: Path, *, work: bool = True, **options: Any) -> AsyncIterator[Keeping]:
+    """`work=False`: the runner is there, but not started."""
+    site = make_site(**options)
+    store = SqliteStore(folder)
+    await store.open()
+    site.services.store = store
+    runner = BatchRunner(site.app, site.services, poll_seconds=0.05)
+    if work:
+        runner.start()
+    async with http_client(site) as client:
+        openai_client = openai.AsyncOpenAI(
+            base_url="http://test/v1", api_key="any", http_client=client, max_retries=0
+        )
+        try:
+            yield Keeping(site, store, runner, client, openai_client)
+        finally:
+            await runner.close()
+            await store.close()
+
+
+@pytest.fixture
+def keeping() -> Callable[..., contextlib.AbstractAsyncContextManager[Keeping]]:
+    return keep
+
+
+@pytest.fixture
+async def kept(tmp_path: Path) -> AsyncIterator[Keeping]:
+    async with keep(tmp_path / "data") as one:
+        yield one

@@ -10,6 +10,11 @@ class ApiConfig:
     api_keys: tuple[str, ...] = ()
     """Requests must carry one of them as a bearer token; empty: no key is asked for."""
     max_body_bytes: int = 32 * 2**20
+    max_file_bytes: int = 512 * 2**20
+    data_limit: int = 10 * 2**30
+    """Bytes that all that is kept may take before uploads are refused."""
+    batch_concurrency: int | None = None
+    """Lines of batches that run at the same time, at most; None: half of the engine's rows."""
     max_unsent_bytes: int = 2**20
     """Output that may wait for one slow client before its request is aborted."""
     step_age_limit: float = 60.0

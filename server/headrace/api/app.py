@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from headrace.api import admin, docs, health, models, openapi, tokenize
+from headrace.api import admin, batches, docs, files, health, models, openapi, tokenize
 from headrace.api.api_config import ApiConfig
 from headrace.api.chat import create_chat_completion
 from headrace.api.completions import create_completion
@@ -34,6 +34,7 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
 
     * `services.draining = True` on SIGTERM;
     * `services.ledger.close` is to be called with every engine's records;
+    * `services.store`: an open store, without which files and batches are refused;
     * `services.models` may be filled before or after: an entry without text is "loading".
     """
     services = Services(config=config, models=table, metrics=metrics, ledger=RequestLedger(metrics))
@@ -44,7 +45,15 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_api_route("/v1/chat/completions", create_chat_completion, methods=["POST"])
     app.add_api_route("/v1/completions", create_completion, methods=["POST"])
-    for router in (models.router, tokenize.router, health.router, admin.router, docs.router):
+    for router in (
+        models.router,
+        tokenize.router,
+        health.router,
+        files.router,
+        batches.router,
+        admin.router,
+        docs.router,
+    ):
         app.include_router(router)
     openapi.describe(app)
     app.add_middleware(RequestMiddleware, services=services)

@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from headrace.api.batches import BatchRequest
 from headrace.api.field_policy import HONOURED
 from headrace.api.protocol import (
     ApplyTemplateRequest,
@@ -21,6 +22,7 @@ from headrace.api.protocol import (
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/batches": BatchRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/apply-template": ApplyTemplateRequest,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from headrace.api.api_config import ApiConfig
 from headrace.api.ledger import MetricsSink, RequestLedger
 from headrace.api.model_table import ModelTable
+from headrace.api.store import Store
 from headrace.errors import HeadraceError, UnavailableError, error_body
 
 
@@ -24,6 +26,20 @@ class Services:
     ledger: RequestLedger
     draining: bool = False
     """Set on SIGTERM: not ready, no new requests, running ones go on."""
+    store: Store | None = None
+    """Open while there is one; see `kept`."""
+    store_problem: str = "This server was started without a data folder; give it --data-dir."
+    """Why there is no store."""
+    batch_news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a batch was made or is to be cancelled: the runner looks at once."""
+
+    def kept(self) -> Store:
+        """The store. Raises UnavailableError where the server has none."""
+        if self.store is None:
+            raise UnavailableError(
+                f"Nothing can be kept here. {self.store_problem}", retry_after=60.0
+            )
+        return self.store
 
     @contextmanager
     def counting_rejections(self) -> Iterator[None]:
