@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from headrace.errors import ConfigError
@@ -113,6 +114,16 @@ class ServerOptions:
     max_queued_requests: int = option(1024, "Requests that may wait; more are answered 429.")
     max_queued_tokens: int = option(4_000_000, "Prompt tokens that may wait.")
     max_body_bytes: int = option(32 * MIB, "Larger request bodies are answered 413.", size=True)
+    data_dir: str | None = option(
+        None, "Folder of files and batches; default: $XDG_DATA_HOME/headrace."
+    )
+    data_limit: int = option(
+        10 * GIB, "Uploads are refused when all that is kept would take more.", size=True
+    )
+    max_file_bytes: int = option(512 * MIB, "Larger uploads are answered 413.", size=True)
+    batch_concurrency: int | None = option(
+        None, "Lines of batches that run at the same time; default: half of --max-num-seqs."
+    )
     strict_fields: bool = option(False, "Refuse unknown request fields instead of naming them.")
     tool_call_parser: Literal[
         "auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "granite", "generic"
@@ -261,6 +272,14 @@ def engine_environment() -> dict[str, str]:
     if "OMP_WAIT_POLICY" in os.environ:
         return dict(os.environ)
     return {"GOMP_SPINCOUNT": "1000", **os.environ}
+
+
+def default_data_dir() -> Path:
+    """https://specifications.freedesktop.org/basedir-spec"""
+    home = os.environ.get("XDG_DATA_HOME", "")
+    # The specification has relative paths ignored.
+    base = Path(home) if home.startswith("/") else Path.home() / ".local" / "share"
+    return base / "headrace"
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:

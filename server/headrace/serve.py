@@ -23,8 +23,11 @@ from fastapi import FastAPI
 from headrace import __version__
 from headrace.api.api_config import ApiConfig
 from headrace.api.app import create_app
+from headrace.api.batch_runner import BatchRunner
 from headrace.api.model_table import ModelTable, ServedModel
-from headrace.config import EngineConfig, ServerOptions
+from headrace.api.services import Services
+from headrace.api.store_sqlite import SqliteStore
+from headrace.config import EngineConfig, ServerOptions, default_data_dir
 from headrace.engine.client import ModelInfo, QueueLimits
 from headrace.engine.process_client import ProcessEngineClient
 from headrace.errors import ConfigError, HeadraceError
@@ -79,6 +82,9 @@ class Service:
             ApiConfig(
                 api_keys=(options.api_key,) if options.api_key else (),
                 max_body_bytes=options.max_body_bytes,
+                max_file_bytes=options.max_file_bytes,
+                data_limit=options.data_limit,
+                batch_concurrency=options.batch_concurrency,
                 step_age_limit=options.step_timeout,
                 strict_fields=options.strict_fields,
                 cors_origins=options.cors_origin,
@@ -88,6 +94,8 @@ class Service:
         )
         self._config = config
         self._options = options
+        self._data_dir = options.data_dir
+        self._batches: BatchRunner | None = None
 
     async def start(self) -> ModelInfo:
         """Find the model, downloading it if it is on a hub; start the engine and read the text side
@@ -95,6 +103,7 @@ class Service:
 
         Raises CheckpointError, ConfigError or EngineError for a model that cannot be served.
         """
+        await self._open_store()
         options = self._config.model_options
         self.path = await _in_daemon_thread(
             lambda: resolve_model(self._config.model, revision=options.revision)
@@ -116,6 +125,10 @@ class Service:
             dtype=info.dtype,
             device=info.device,
         )
+        services: Services = self.app.state.services
+        if services.store is not None:
+            self._batches = BatchRunner(self.app, services)
+            self._batches.start()
         return info
 
     def text_formats(self) -> str:
@@ -125,9 +138,28 @@ class Service:
         reasoning = text.reasoning.name if text.reasoning else "none"
         return f"tool calls: {calls}; reasoning: {reasoning}"
 
+    async def _open_store(self) -> None:
+        """Raises ConfigError for a folder that was asked for and cannot be used."""
+        services: Services = self.app.state.services
+        folder = Path(self._data_dir) if self._data_dir else default_data_dir()
+        store = SqliteStore(folder)
+        try:
+            await store.open()
+        except ConfigError as error:
+            await store.close()
+            if self._data_dir:
+                raise
+            logger.warning("No files and batches: %s", error.message)
+            services.store_problem = error.message
+        else:
+            services.store = store
+
     def drain(self) -> None:
-        """Take no new requests: /readyz says 503, and so do they. Running ones go on."""
+        """Take no new requests: /readyz says 503, and so do they. Running ones go on, but for lines
+        of batches, which another process or a later one computes again."""
         self.app.state.services.draining = True
+        if self._batches is not None:
+            self._batches.stop()
 
     async def drained(self, timeout: float) -> bool:
         """Wait until no request lives; False if some still do after `timeout` seconds."""
@@ -139,7 +171,12 @@ class Service:
         return True
 
     async def close(self) -> None:
+        if self._batches is not None:
+            await self._batches.close()
         await self.client.close()
+        store = self.app.state.services.store
+        if store is not None:
+            await store.close()
 
 
 def _default_name(reference: str) -> str:
