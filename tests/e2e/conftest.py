@@ -183,7 +183,9 @@ def free_port() -> int:
 
 def _launch(log: Path, arguments: Sequence[str | Path]) -> Server:
     port = free_port()
-    command = _command(["serve", *arguments, "--port", str(port)])
+    # Not the data folder of the person running the tests.
+    data = ["--data-dir", str(log.parent / "data")]
+    command = _command(["serve", *data, *arguments, "--port", str(port)])
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=output)
     return Server(process, ("127.0.0.1", port), log)
