@@ -98,6 +98,10 @@ class SamplingParams:
         return dataclasses.replace(self, n=1, seed=seed)
 
 
+BACKGROUND_PRIORITY = 2**31 - 1
+"""Requests of this priority are computed only in steps in which no other runs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """One sequence to generate, in token ids. The engine knows no text.
@@ -111,7 +115,7 @@ class GenerateRequest:
     arrival_time: float = 0.0
     """time.monotonic() seconds; processes of one host share that clock."""
     priority: int = 0
-    """Lower is served first."""
+    """Lower is served first; BACKGROUND_PRIORITY is the highest there is."""
     deadline: float | None = None
     """time.monotonic() seconds after which a request still waiting is dropped."""
     tenant: str = ""

@@ -9,6 +9,7 @@ import pytest
 
 from headrace.engine.block_pool import BlockPool
 from headrace.engine.client import FinishReason
+from headrace.sampling_params import BACKGROUND_PRIORITY
 
 
 def test_one_request_runs_to_its_length(make_harness, expected):
@@ -87,6 +88,48 @@ def test_priority_decides_who_starts_and_who_is_preempted(make_harness):
     harness.add("soon", [2], max_tokens=2, priority=-5)
     harness.run()
     assert list(harness.ended) == ["soon", "late"]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_background_gets_no_tokens_beside_others(make_harness, expected, overlaps):
+    harness = make_harness(overlaps=overlaps)
+    harness.add("batch", [1, 2], max_tokens=12, priority=BACKGROUND_PRIORITY)
+    for _ in range(4):
+        harness.step()
+    harness.add("online", [3, 4], max_tokens=5, priority=BACKGROUND_PRIORITY - 1)
+    harness.add("later batch", [5], max_tokens=2, priority=BACKGROUND_PRIORITY)
+    batch, _ = harness.step()
+    seen = [len(batch.rows)]
+    while "online" not in harness.ended:
+        batch, _ = harness.step()
+        seen.append(batch and len(batch.rows))
+    # The step after the one that ends it is launched before that is known.
+    assert set(seen[: len(seen) - overlaps]) == {1}
+    harness.run()
+    assert harness.ended["batch"].record.preemptions == 0
+    assert harness.tokens["batch"] == expected([1, 2], 12)
+    assert harness.tokens["online"] == expected([3, 4], 5)
+    assert harness.tokens["later batch"] == expected([5], 2)
+
+
+@pytest.mark.parametrize("scarce", [{"max_num_seqs": 2}, {"num_blocks": 8}])
+def test_the_background_gives_way_to_who_waits(make_harness, expected, scarce):
+    options = {"num_blocks": 64, "max_model_len": 32, "max_num_seqs": 4, "budget": 32, **scarce}
+    harness = make_harness(**options)
+    prompts = {name: [index] * 12 for index, name in enumerate("ab")}
+    for name, prompt in prompts.items():
+        harness.add(name, prompt, max_tokens=16, priority=BACKGROUND_PRIORITY)
+    for _ in range(3):
+        harness.step()
+    harness.add("online", [7] * 12, max_tokens=4)
+    harness.run()
+    assert list(harness.ended)[0] == "online"
+    assert harness.ended["online"].record.preemptions == 0
+    assert harness.ended["a"].record.preemptions == 0, "the first in order keeps its row"
+    assert harness.ended["b"].record.preemptions > 0
+    assert harness.tokens["online"] == expected([7] * 12, 4)
+    for name, prompt in prompts.items():
+        assert harness.tokens[name] == expected(prompt, 16)
 
 
 def test_abort_frees_blocks_at_once_running_or_waiting(make_harness):

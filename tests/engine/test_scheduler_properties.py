@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 )
 
 from headrace.engine.client import FinishReason
+from headrace.sampling_params import BACKGROUND_PRIORITY
 
 MAYBE_EARLY = st.none() | st.integers(0, 8)
 
@@ -65,7 +66,7 @@ def machine_for(make_harness, overlaps):
             family=st.integers(0, 2),
             length=st.integers(1, 20),
             max_tokens=st.integers(3, 12),
-            priority=st.integers(-1, 1),
+            priority=st.integers(-1, 1) | st.just(BACKGROUND_PRIORITY),
             extras=st.just({}) | extras(),
         )
         def add(self, family, length, max_tokens, priority, extras):

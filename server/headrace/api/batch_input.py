@@ -13,12 +13,12 @@ from typing import NamedTuple
 import msgspec
 
 from headrace.api.store import Store, read_chunks
+from headrace.sampling_params import BACKGROUND_PRIORITY
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 MAX_LINES = 50_000
 MAX_BLANK_LINES = 1_000_000
 MAX_CUSTOM_ID = 512
-LOWEST_PRIORITY = 2**31 - 1
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -122,7 +122,7 @@ def parse_line(raw: bytes, endpoint: str) -> LineRequest:
     if bytes(line.body.get("stream", msgspec.Raw(b"null"))) not in (b"null", b"false"):
         message = "body.stream must be false: the answers of a batch come in a file."
         raise LineError("invalid_request", message, custom_id)
-    line.body["priority"] = msgspec.Raw(str(LOWEST_PRIORITY).encode())
+    line.body["priority"] = msgspec.Raw(str(BACKGROUND_PRIORITY).encode())
     return LineRequest(custom_id, msgspec.json.encode(line.body))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from headrace.engine.client import FinishReason, RequestRecord, TokenLogprobs
 from headrace.engine.token_rules import BannedSequences
-from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace.sampling_params import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams
 
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
@@ -74,6 +74,10 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Smaller runs first and is preempted last."""
         return (self.source.priority, self.arrival_number)
+
+    @property
+    def is_background(self) -> bool:
+        return self.source.priority == BACKGROUND_PRIORITY
 
     def record(self, reason: FinishReason, num_tokens: int) -> RequestRecord:
         """The request's final account; `num_tokens` counts prompt and output."""
@@ -146,6 +150,7 @@ class RunningRequests:
         self.with_min_tokens: set[int] = set()
         self.with_stop_tokens: set[int] = set()
         self.with_prompt_logprobs: set[int] = set()
+        self.background: set[int] = set()
         self._side_sets = (
             self.penalized,
             self.biased,
@@ -153,6 +158,7 @@ class RunningRequests:
             self.with_min_tokens,
             self.with_stop_tokens,
             self.with_prompt_logprobs,
+            self.background,
         )
         self._eos_token_ids = frozenset(eos_token_ids)
         self._free_rows = list(range(rows - 1, -1, -1))
@@ -161,16 +167,24 @@ class RunningRequests:
     def has_room(self) -> bool:
         return bool(self._free_rows)
 
+    @property
+    def has_foreground(self) -> bool:
+        """Whether a request runs that is not of BACKGROUND_PRIORITY."""
+        return self.num_active > len(self.background)
+
     def rows(self) -> LongArray:
         """Active rows, ascending."""
         return np.flatnonzero(self.active)
 
-    def schedulable_rows(self) -> LongArray:
+    def schedulable_rows(self, *, background: bool = True) -> LongArray:
         """Active rows whose next token can be computed now, ascending: not those that the step in
-        flight brings to their full length, nor those that need the token it samples."""
+        flight brings to their full length, nor those that need the token it samples; those of the
+        background only on demand."""
         can = self.active & (self.num_tokens < self.max_total_tokens)
         if self.penalized or self.restricted:
             can &= ~(self.needs_known_tokens & (self.num_known_tokens < self.num_tokens))
+        if self.background and not background:
+            can[list(self.background)] = False
         return np.flatnonzero(can)
 
     @property
@@ -259,6 +273,8 @@ class RunningRequests:
             self.with_stop_tokens.add(row)
         if request.wants_prompt_logprobs:
             self.with_prompt_logprobs.add(row)
+        if request.is_background:
+            self.background.add(row)
 
 
 def _bits(token_ids: Collection[int]) -> int:

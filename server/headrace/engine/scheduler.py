@@ -44,6 +44,9 @@ class Scheduler:
 
     Order is (priority, arrival): smaller runs first. When a row needs a block and none is free,
     the running request that is last in that order gives its blocks up and is computed again later.
+
+    Requests of BACKGROUND_PRIORITY fill idle steps: while another runs they keep their rows and
+    blocks but get no tokens, and they give both up when another waits for them.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Scheduler:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._requests: dict[str, Request] = {}
+        self._is_blocked = False
+        """Whether the last step left a waiting request without blocks."""
         self._arrivals = 0
         self._finished: list[RequestOutput] = []
         """Ends decided outside `update` (deadlines), to go out with the next step."""
@@ -117,7 +122,12 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """The next step's work; may be empty. Running rows first, then arrivals in order."""
-        rows = self.running.schedulable_rows()
+        waits = bool(self._waiting) and not self._waiting[0][1].is_background
+        if waits:
+            self._make_room()
+        self._is_blocked = False
+        is_idle = not (waits or self.running.has_foreground)
+        rows = self.running.schedulable_rows(background=is_idle)
         num_scheduled = self._share_budget(rows)
         short_of_blocks = self._grow(rows, num_scheduled)
         if short_of_blocks:
@@ -189,6 +199,11 @@ class Scheduler:
         self.num_preemptions += 1
         heapq.heappush(self._waiting, (victim.order, victim))
 
+    def _make_room(self) -> None:
+        """For a request that waits: the background's last one gives way, one a step."""
+        if self.running.background and (self._is_blocked or not self.running.has_room):
+            self._preempt_last()
+
     def _admit(self, rows: LongArray, num_scheduled: IntArray) -> tuple[LongArray, IntArray]:
         """Start waiting requests while rows, budget and blocks last, strictly in order."""
         running = self.running
@@ -205,7 +220,10 @@ class Scheduler:
             if deadline is not None and deadline < now:
                 self._finished.append(self._end(request, FinishReason.DEADLINE))
                 continue
+            if request.is_background and running.has_foreground:
+                break
             if not self._place(request):
+                self._is_blocked = True
                 break
             heapq.heappop(self._waiting)
             row = request.row
