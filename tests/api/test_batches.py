@@ -164,6 +164,16 @@ async def test_unknown_fields_are_named(kept: Keeping) -> None:
     assert answer["headrace"] == {"ignored_fields": ["colour"]}
 
 
+async def test_the_api_document_has_them(kept: Keeping) -> None:
+    paths = (await kept.http.get("/openapi.json")).json()["paths"]
+    form = paths["/v1/files"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["required"] == ["file", "purpose"]
+    body = paths["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/BatchRequest"}
+    (parameter,) = paths["/v1/batches/{batch_id}/cancel"]["post"]["parameters"]
+    assert (parameter["name"], parameter["in"]) == ("batch_id", "path")
+
+
 # --- ends before all is done --------------------------------------------------------------------
 
 
@@ -390,3 +400,14 @@ async def test_a_stopped_runner_gives_its_lease_back(keeping: Keep, tmp_path: Pa
         await runner.close()
         assert await kept.store.lease("batch", batch.id, "other", 1)
         await kept.site.settle()
+
+
+async def test_a_runner_stops_while_its_wait_ends(keeping: Keep, tmp_path: Path) -> None:
+    async with keeping(tmp_path, work=False) as kept:
+        for _ in range(5):
+            runner = BatchRunner(kept.site.app, kept.site.services, poll_seconds=0.01)
+            runner.start()
+            await asyncio.sleep(0.02)
+            time.sleep(0.02)  # so that the time is up in the same turn of the loop
+            async with asyncio.timeout(5):
+                await runner.close()

@@ -207,6 +207,13 @@ async def test_another_schema_version_is_named(tmp_path: Path) -> None:
         await SqliteStore(tmp_path).open()
 
 
+async def test_a_new_folder_is_its_owners_alone(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "share" / "headrace")
+    await store.open()
+    await store.close()
+    assert (tmp_path / "share" / "headrace").stat().st_mode & 0o777 == 0o700
+
+
 async def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/data cannot be used.*--data-dir"):

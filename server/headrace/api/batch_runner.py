@@ -49,6 +49,7 @@ class BatchRunner:
         self._poll_seconds = poll_seconds
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
         self._held: dict[str, asyncio.Task[None]] = {}
         """Batch id -> what works on it."""
         self._working: str | None = None
@@ -60,7 +61,9 @@ class BatchRunner:
 
     def stop(self) -> None:
         """Abort running lines and give leases back. Idempotent; `close` waits for it."""
-        if self._task is not None and not self._task.cancelling():
+        # Once: a second cancellation would end the wait for what the first one stops.
+        if self._task is not None and not self._stopped:
+            self._stopped = True
             self._task.cancel()
 
     async def close(self) -> None:

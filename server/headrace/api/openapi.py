@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -46,6 +47,7 @@ def describe(app: FastAPI) -> None:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             _add_bodies(schema)
+            _add_path_parameters(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 
@@ -66,3 +68,15 @@ def _add_bodies(schema: dict[str, Any]) -> None:
         content = {"application/json": {"schema": {"$ref": _REF.format(model=kind.__name__)}}}
         operation["requestBody"] = {"required": True, "content": content}
         operation["responses"].update({code: {"description": t} for code, t in _ERRORS.items()})
+
+
+def _add_path_parameters(schema: dict[str, Any]) -> None:
+    """Handlers read them from the request: typed ones cost start-up time, see models.py."""
+    for path, operations in schema["paths"].items():
+        names = re.findall(r"{(\w+)}", path)
+        for operation in operations.values():
+            known = operation.setdefault("parameters", []) if names else []
+            known += [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in names
+            ]

@@ -87,7 +87,9 @@ class SqliteStore:
             ) from None
 
     def _open(self) -> None:
-        self._contents.mkdir(parents=True, exist_ok=True)
+        # What people send is nobody else's to read.
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._contents.mkdir(exist_ok=True)
         connection = sqlite3.connect(
             self.folder / "store.sqlite3", timeout=30, isolation_level=None, check_same_thread=False
         )
