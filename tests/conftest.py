@@ -88,6 +88,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="after a run without failures, write what was tested, with which versions, to FILE",
     )
+    parser.addoption(
+        "--screenshot",
+        metavar="FILE",
+        type=Path,
+        help="write a picture of the playground to FILE (docs/playground.png is one)",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,17 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from headrace.api import admin, batches, docs, files, health, models, openapi, tokenize
+from headrace.api import (
+    admin,
+    batches,
+    docs,
+    files,
+    health,
+    models,
+    openapi,
+    playground,
+    tokenize,
+)
 from headrace.api.api_config import ApiConfig
 from headrace.api.chat import create_chat_completion
 from headrace.api.completions import create_completion
@@ -53,6 +63,7 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
         batches.router,
         admin.router,
         docs.router,
+        playground.router,
     ):
         app.include_router(router)
     openapi.describe(app)

@@ -14,6 +14,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from headrace.api import playground
 from headrace.api.inner_request import INSIDE
 from headrace.api.responses import error_response
 from headrace.api.services import Services
@@ -23,7 +24,7 @@ from headrace.observability.logging import log_access, request_id_var
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/version", "/metrics"}) | playground.PATHS
 CLIENT_GONE = 499  # nginx's status for it; never sent
 
 _REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
