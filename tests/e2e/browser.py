@@ -167,12 +167,12 @@ class Page:
             raise RuntimeError(f"{expression}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def wait_for(self, expression: str) -> Any:
-        """The first true value of `expression`, which is asked again and again."""
+    def wait_for(self, expression: str) -> None:
+        """Until `expression`, which is asked again and again, is true."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            if value := self.evaluate(expression):
-                return value
+            if self.evaluate(f"!!({expression})"):
+                return
             time.sleep(0.05)
         raise AssertionError(f"waited {PATIENCE:.0f} s in vain for {expression}; {self.problems}")
 

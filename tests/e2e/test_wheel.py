@@ -65,7 +65,7 @@ def test_wheel_holds_our_packages_and_nothing_else(wheel: Path) -> None:
         str(path.relative_to(root))
         for root in (ROOT / "server", ROOT / "kernels")
         for path in root.rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix == ".py" or path.name == "py.typed" or path.parent.parent.name == "static"
     }
     assert expected <= set(names), f"missing: {sorted(expected - set(names))}"
 

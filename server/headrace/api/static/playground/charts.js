@@ -1,21 +1,25 @@
-// Three charts of the last two minutes, drawn from /metrics while the page is in view.
+// Three charts of the last minute, drawn from /metrics while the page is in view.
 
 import { readMetrics } from "./server.js";
 
 const PERIOD = 1000; // ms between readings
-const KEPT = 120; // readings
+const KEPT = 60; // readings
 
 class Chart {
-  /** `unit`: the least height of the axis, so that noise on an idle server looks like noise. */
-  constructor(id, series, unit) {
+  /**
+   * `format`: a value as people read it. `least`: the axis is never shorter, so that noise on an
+   * idle server looks like noise.
+   */
+  constructor(id, series, format, least) {
     this.canvas = document.getElementById(id);
     this.output = document.getElementById(`${id}-now`);
     this.series = series.map((color) => ({ color, values: [] }));
-    this.unit = unit;
+    this.format = format;
+    this.least = least;
   }
 
-  add(text, ...values) {
-    this.output.textContent = text;
+  add(...values) {
+    this.output.textContent = values.map(this.format).join(" / ");
     this.series.forEach(({ values: kept }, index) => {
       kept.push(values[index]);
       if (kept.length > KEPT) kept.shift();
@@ -34,12 +38,18 @@ class Chart {
     pen.scale(scale, scale);
     pen.lineWidth = 1.5;
     pen.lineJoin = "round";
-    const top = Math.max(this.unit, ...this.series.flatMap(({ values }) => values)) * 1.1;
+    const top = Math.max(this.least, ...this.series.flatMap(({ values }) => values));
     const style = getComputedStyle(canvas);
+    pen.font = `11px ${style.fontFamily}`;
+    pen.textBaseline = "top";
+    pen.fillStyle = style.getPropertyValue("--line");
+    pen.fillRect(0, 0, width, 1);
+    pen.fillStyle = style.getPropertyValue("--quiet");
+    pen.fillText(this.format(top), 0, 3);
     for (const { color, values } of this.series) {
       if (!values.length) continue;
       const x = (index) => width - ((values.length - 1 - index) * width) / (KEPT - 1);
-      const y = (value) => height - 1 - (value / top) * (height - 2);
+      const y = (value) => height - 1 - (value / top) * (height - 3);
       pen.strokeStyle = pen.fillStyle = style.getPropertyValue(color);
       pen.beginPath();
       values.forEach((value, index) => pen.lineTo(x(index), y(value)));
@@ -55,9 +65,11 @@ class Chart {
 
 /** Read and draw, again and again. */
 export function startCharts() {
-  const throughput = new Chart("throughput", ["--accent"], 10);
-  const queue = new Chart("queue", ["--accent", "--second"], 4);
-  const kv = new Chart("kv", ["--accent"], 0.1);
+  const rateText = (rate) => `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`;
+  const shareText = (share) => `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
+  const throughput = new Chart("throughput", ["--accent"], rateText, 10);
+  const queue = new Chart("queue", ["--accent", "--second"], String, 4);
+  const kv = new Chart("kv", ["--accent"], shareText, 0.1);
   const charts = [throughput, queue, kv];
   let last = null;
 
@@ -69,11 +81,9 @@ export function startCharts() {
     const tokens = last ? Math.max(0, now.tokens - last.tokens) : 0;
     const rate = last ? (tokens * 1000) / (now.at - last.at) : 0;
     last = now;
-    const [running, waiting] = [of("requests_running"), of("requests_waiting")];
-    const used = of("kv_cache_usage_ratio");
-    throughput.add(`${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`, rate);
-    queue.add(`${running} / ${waiting}`, running, waiting);
-    kv.add(`${(used * 100).toFixed(1)} %`, used);
+    throughput.add(rate);
+    queue.add(of("requests_running"), of("requests_waiting"));
+    kv.add(of("kv_cache_usage_ratio"));
   }
 
   async function tick() {
