@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": VALUES | {"api", "text", "loading"} | CLIENT_SIDE,
     "deploy": VALUES | {"api", "serve"},
     "bench": {"errors", "config"},
+    "chat": {"errors", "config", "bench.http_client"},
 }
 # The root package resolves its public names lazily; the command line may import everything.
 MAY_IMPORT["headrace"] = {"llm", "sampling_params"}
@@ -342,6 +343,7 @@ HEAVY = ("torch", "triton", "ray", "transformers")
         ("headrace.loading.gguf", (*HEAVY, "numpy")),
         ("headrace.observability.metrics", HEAVY),
         ("headrace.bench.serve", HEAVY),
+        ("headrace.chat", (*HEAVY, "fastapi", "pydantic", "headrace.serve")),
         ("headrace_kernels", ("torch", "triton")),
     ],
 )

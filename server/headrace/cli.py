@@ -1,4 +1,4 @@
-"""The command line: serve, generate, plan, kernels, bench. Thin: parses, calls, prints."""
+"""The command line: serve, chat, generate, plan, kernels, bench. Thin: parses, calls, prints."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from headrace.config import (
     ServerOptions,
     load_options,
     nearest_hint,
+    openai_api_key,
     option_specs,
     parse_size,
 )
@@ -86,6 +87,20 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     serve_ray.add_argument("--num-replicas", type=int, default=1, help="copies of the model")
     _add_options(serve_ray, server=True)
     serve_ray.set_defaults(run=_serve_ray)
+
+    chat = commands.add_parser("chat", help="talk to a model, one started here or any server's")
+    chat.add_argument(
+        "--url",
+        "--base-url",
+        default="",
+        help="of any OpenAI-compatible server; default: start one",
+    )
+    chat.add_argument(
+        "--model", default="", help=f"With --url: its name there. Without: {MODEL_HELP}"
+    )
+    chat.add_argument("--api-key", help="for --url; default: OPENAI_API_KEY")
+    _add_options(chat, server=False)
+    chat.set_defaults(run=_chat)
 
     generate = commands.add_parser("generate", help="continue a prompt, or answer it, and exit")
     generate.add_argument("prompt", help="the text; '-' reads standard input")
@@ -315,6 +330,33 @@ def _size(count: int) -> str:
 
 
 # --- the other commands -----------------------------------------------------------------------
+
+
+def _chat(args: argparse.Namespace) -> int:
+    import secrets
+    from dataclasses import replace
+
+    from headrace import chat
+
+    if args.url:
+        chat.run(args.url, args.model, args.api_key or openai_api_key())
+        return 0
+
+    from headrace import serve
+    from headrace.observability.logging import configure_logging
+
+    config, options, _ = _options(args)
+    # Its own server is nobody else's: a free port, a key made up, and silence unless it fails.
+    key = secrets.token_urlsafe()
+    options = replace(options, host="127.0.0.1", port=0, api_key=key, log_level="error")
+    configure_logging(options.log_level, options.log_format)
+    with (
+        _loading_bar(_console()) as progress,
+        serve.in_background(config, options, on_progress=progress.update) as url,
+    ):
+        progress.stop()
+        chat.run(url, api_key=key)
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -282,6 +282,12 @@ def default_data_dir() -> Path:
     return base / "headrace"
 
 
+def openai_api_key(environment: Mapping[str, str] | None = None) -> str | None:
+    """The key that OpenAI's own clients would send."""
+    environment = os.environ if environment is None else environment
+    return environment.get("OPENAI_API_KEY") or None
+
+
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: it offers the closest one, if one is close."""
     close = difflib.get_close_matches(name, known, n=1)

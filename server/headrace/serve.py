@@ -12,7 +12,8 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -298,6 +299,22 @@ async def run(
         on_dead=lambda error: lifetime.end(EXIT_ENGINE_LOST),
         on_progress=on_progress,
     )
+    async with _answering(service, listener):
+        starting = asyncio.create_task(service.start())
+        try:
+            events: list[asyncio.Future[Any]] = [starting, lifetime.status]
+            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                on_ready(service, _url(listener))
+            return await lifetime.status
+        finally:
+            starting.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _answering(service: Service, listener: socket.socket) -> AsyncIterator[socket.socket]:
+    """HTTP at `listener`; in the end the service is closed first, so that streams hear of it."""
     server = _Server(
         uvicorn.Config(
             service.app,
@@ -309,17 +326,54 @@ async def run(
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    starting = asyncio.create_task(service.start())
     try:
-        events: list[asyncio.Future[Any]] = [starting, lifetime.status]
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-            host, port = listener.getsockname()[:2]
-            on_ready(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        return await lifetime.status
+        yield listener
     finally:
-        starting.cancel()
         await service.close()
         server.should_exit = True
         await serving
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextlib.contextmanager
+def in_background(
+    config: EngineConfig,
+    options: ServerOptions,
+    *,
+    on_progress: Progress = lambda read, total: None,
+) -> Iterator[str]:
+    """A server in a thread of this process for as long as the block lasts: its URL, once ready.
+
+    Signals stay with the caller. Raises HeadraceError if the model cannot be served.
+    """
+    ready: Future[str] = Future()
+
+    async def live() -> None:
+        service = Service(config, options, on_progress=on_progress)
+        async with _answering(service, listen(options.host, options.port)) as listener:
+            await service.start()
+            ready.set_result(_url(listener))
+            await asyncio.Event().wait()
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(live())
+
+    def work() -> None:
+        loop.run_until_complete(asyncio.wait([task]))
+        if not task.cancelled() and (error := task.exception()) and not ready.done():
+            ready.set_exception(error)
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    thread = threading.Thread(target=work, name="server")
+    thread.start()
+    try:
+        yield ready.result()
+    finally:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended by itself
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()
