@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from headrace.chat import AnswerError, Server, Terminal, run
+from headrace.cli import main
 from headrace.config import openai_api_key
 from headrace.errors import ConfigError, EngineError
 
@@ -223,6 +224,20 @@ def test_start_errors(scripted: Any) -> None:
     with pytest.raises(AnswerError, match="no server answers"):
         server.models()
     server.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--url", "http://127.0.0.1:9", "--max-model-len", "9"], "--max-model-len is for a model"),
+        (["--api-key", "secret"], "--api-key is for --url"),
+    ],
+)
+def test_options_that_would_do_nothing(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_key_of_openai_clients() -> None:

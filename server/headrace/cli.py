@@ -339,12 +339,18 @@ def _chat(args: argparse.Namespace) -> int:
     from headrace import chat
 
     if args.url:
+        for name in vars(args):
+            if name.startswith("option."):
+                flag = name.removeprefix("option.").replace("_", "-")
+                raise ConfigError(f"--{flag} is for a model started here; leave it or --url out.")
         chat.run(args.url, args.model, args.api_key or openai_api_key())
         return 0
 
     from headrace import serve
     from headrace.observability.logging import configure_logging
 
+    if args.api_key:
+        raise ConfigError("--api-key is for --url; the model started here needs none.")
     config, options, _ = _options(args)
     # Its own server is nobody else's: a free port, a key made up, and silence unless it fails.
     key = secrets.token_urlsafe()

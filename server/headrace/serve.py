@@ -1,7 +1,7 @@
 """The serving assembly: model files, engine process and HTTP app become one server.
 
-`headrace serve` runs it on uvicorn; a Ray Serve replica uses the same `Service` behind its own
-HTTP server. Nothing here imports torch.
+`headrace serve` runs it on uvicorn, as does `headrace chat`, in a thread; a Ray Serve replica uses
+the same `Service` behind its own HTTP server. Nothing here imports torch.
 """
 
 from __future__ import annotations
