@@ -60,6 +60,8 @@ class Page:
         self.problems: list[str] = []
         self.requests: list[str] = []
         """The URL of every request of the page."""
+        self.posts: list[str] = []
+        """The bodies of those that have one."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
@@ -109,6 +111,8 @@ class Page:
             self.problems.append(json.dumps(parameters["args"])[:500])
         elif method == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
+            if "postData" in parameters["request"]:
+                self.posts.append(parameters["request"]["postData"])
 
     # --- what a person does -------------------------------------------------------------------
 

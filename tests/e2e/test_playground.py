@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,16 +63,29 @@ def test_a_prompt_is_answered_token_by_token(chat: Page, server: Server) -> None
     assert chat.text("#model option") == server.get("/v1/models").json()["data"][0]["id"]
     setting(chat, "[name=temperature]", "0")
     setting(chat, "[name=max_completion_tokens]", "160")
+    setting(chat, "#system", "Be exact.")
     chat.evaluate(
         "window.lengths = new Set(); new MutationObserver(() => lengths.add("
         "document.querySelector('.assistant .text').textContent.length))"
         ".observe(document.querySelector('#log'), {childList: true, subtree: true})"
     )
-    ask(chat, "List three facts about water, then show Python code that prints one of them.")
+    prompt = "List three facts about water, then show Python code that prints one of them."
+    ask(chat, prompt)
     chat.wait_for("document.querySelector('.assistant .text').textContent.length > 20")
     chat.wait_for("/[1-9]/.test(document.querySelector('#throughput-now').textContent)")
     chat.wait_for(IDLE)
     assert chat.evaluate("lengths.size") > 10, "the text came at once"
+    assert json.loads(chat.posts[0]) == {
+        "model": "SmolLM2-135M-Instruct",
+        "messages": [
+            {"role": "system", "content": "Be exact."},
+            {"role": "user", "content": prompt},
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0,
+        "max_completion_tokens": 160,
+    }
     answer = chat.text(".assistant .text")
     assert "water" in answer.lower()
     stats = chat.text(".assistant footer span")
@@ -80,8 +94,8 @@ def test_a_prompt_is_answered_token_by_token(chat: Page, server: Server) -> None
     before = server.wait_idle()["headrace_prompt_tokens_total"]
     ask(chat, "Thanks! Which of them is the most surprising?")
     chat.wait_for("document.querySelectorAll('.assistant footer button').length == 2")
-    prompt = server.wait_idle()["headrace_prompt_tokens_total"] - before
-    assert prompt > int(stats.split()[0]), "the second prompt lacks the first answer"
+    tokens = server.wait_idle()["headrace_prompt_tokens_total"] - before
+    assert tokens > int(stats.split()[0]), "the second prompt lacks the first answer"
     assert chat.problems == []
     assert {url.split("/")[2] for url in chat.requests} == {server.url.split("/")[2]}
 
@@ -148,6 +162,15 @@ def test_errors_are_shown_as_the_server_says_them(chat: Page, server: Server) ->
     chat.press("Enter", 13, "\r")
     chat.wait_for("document.querySelectorAll('.error').length == 2")
     assert "The JSON schema is not JSON" in chat.text(".error")
+    assert len(chat.posts) == 1
+    setting(chat, "#schema", '{"type": "object"}')
+    setting(chat, "[name=max_completion_tokens]", "16")
+    chat.press("Enter", 13, "\r")
+    chat.wait_for(f"document.querySelectorAll('.user').length == 3 && {IDLE}")
+    assert json.loads(chat.posts[1])["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": {"type": "object"}},
+    }
 
 
 def test_what_a_model_writes_is_text(chat: Page) -> None:
@@ -175,6 +198,8 @@ def test_phone_in_the_dark(chat: Page) -> None:
     assert background(chat) == DARK
     fits = "document.documentElement.scrollWidth <= innerWidth"
     assert chat.evaluate(fits) and chat.evaluate("innerWidth") == 390
+    picker = "document.querySelector('#model').getBoundingClientRect().width"
+    assert chat.evaluate(picker) > 120
     hidden = "getComputedStyle(document.querySelector('#side')).display === 'none'"
     assert chat.evaluate(hidden)
     chat.click("#toggle")

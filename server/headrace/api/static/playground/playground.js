@@ -245,7 +245,7 @@ function copyWithoutPermission(text) {
 function openSettings(open) {
   $("side").classList.toggle("open", open);
   $("toggle").setAttribute("aria-expanded", String(open));
-  $("toggle").textContent = open ? "Back to chat" : "Settings";
+  $("toggle").textContent = open ? "Chat" : "Settings";
 }
 
 $("composer").addEventListener("submit", (event) => {
