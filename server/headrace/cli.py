@@ -333,32 +333,23 @@ def _size(count: int) -> str:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    import secrets
-    from dataclasses import replace
-
     from headrace import chat
 
     if args.url:
-        for name in vars(args):
-            if name.startswith("option."):
-                flag = name.removeprefix("option.").replace("_", "-")
-                raise ConfigError(f"--{flag} is for a model started here; leave it or --url out.")
+        if unused := [name for name in vars(args) if name.startswith("option.")]:
+            flag = unused[0].removeprefix("option.").replace("_", "-")
+            raise ConfigError(f"--{flag} is for a model started here; leave it or --url out.")
         chat.run(args.url, args.model, args.api_key or openai_api_key())
         return 0
-
-    from headrace import serve
-    from headrace.observability.logging import configure_logging
-
     if args.api_key:
         raise ConfigError("--api-key is for --url; the model started here needs none.")
+
+    from headrace import serve
+
     config, options, _ = _options(args)
-    # Its own server is nobody else's: a free port, a key made up, and silence unless it fails.
-    key = secrets.token_urlsafe()
-    options = replace(options, host="127.0.0.1", port=0, api_key=key, log_level="error")
-    configure_logging(options.log_level, options.log_format)
     with (
         _loading_bar(_console()) as progress,
-        serve.in_background(config, options, on_progress=progress.update) as url,
+        serve.in_background(config, options, on_progress=progress.update) as (url, key),
     ):
         progress.stop()
         chat.run(url, api_key=key)

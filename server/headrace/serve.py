@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import signal
 import socket
 import threading
@@ -34,6 +35,7 @@ from headrace.engine.process_client import ProcessEngineClient
 from headrace.errors import ConfigError, HeadraceError
 from headrace.loading.checkpoint import open_checkpoint
 from headrace.loading.resolver import DEFAULT_MODEL, resolve_model
+from headrace.observability.logging import configure_logging
 from headrace.observability.metrics import Metrics
 from headrace.text.processor import TextProcessor
 
@@ -345,11 +347,15 @@ def in_background(
     options: ServerOptions,
     *,
     on_progress: Progress = lambda read, total: None,
-) -> Iterator[str]:
-    """A server in a thread of this process for as long as the block lasts: its URL, once ready.
+) -> Iterator[tuple[str, str]]:
+    """A server in a thread of this process, for it alone, as long as the block lasts: (URL, key)
+    once it is ready. It has a free port and a key made up, and logs nothing but errors.
 
     Signals stay with the caller. Raises HeadraceError if the model cannot be served.
     """
+    key = secrets.token_urlsafe()
+    options = replace(options, host="127.0.0.1", port=0, api_key=key, log_level="error")
+    configure_logging(options.log_level, options.log_format)
     ready: Future[str] = Future()
 
     async def live() -> None:
@@ -372,7 +378,7 @@ def in_background(
     thread = threading.Thread(target=work, name="server")
     thread.start()
     try:
-        yield ready.result()
+        yield ready.result(), key
     finally:
         with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended by itself
             loop.call_soon_threadsafe(task.cancel)
