@@ -220,16 +220,19 @@ class Terminal:
             problem = str(error)
         except KeyboardInterrupt:
             answer.finish_reason = "stopped"
+        finally:  # before anything else can be interrupted
+            if answer.text:
+                self.messages.append({"role": "assistant", "content": answer.text})
+            else:
+                self.messages.pop()  # the next question must not follow upon one without an answer
         if answer.events:
             self._console.out()
             stopped = ", stopped" if answer.finish_reason == "stopped" else ""
             self._say(answer.summary + stopped)
+        elif answer.finish_reason == "stopped":
+            self._say("\nStopped before the first token.")
         if problem:
             self._say(problem, "red")
-        if answer.text:
-            self.messages.append({"role": "assistant", "content": answer.text})
-        else:
-            self.messages.pop()  # the next question must not follow upon one without an answer
 
     def _print(self, text: str, is_reasoning: bool) -> None:
         if is_reasoning:

@@ -60,6 +60,11 @@ class Terminal:
         self._seen = match.end()
         return match[0]
 
+    def shows(self, text: str) -> bool:
+        """Whether `text` is to be seen, or comes soon."""
+        self._read(0.5)
+        return text in self.shown
+
     def _read(self, seconds: float) -> bool:
         """False at the end of the output."""
         if select.select([self._own], [], [], seconds)[0]:
@@ -71,8 +76,9 @@ class Terminal:
 
     def end(self) -> int:
         """The exit status, once it has left by itself."""
+        deadline = time.monotonic() + PATIENCE
         while self._read(0.1) and self.process.poll() is None:
-            pass
+            assert time.monotonic() < deadline, f"it does not end:\n{self.shown}"
         return self.process.wait(PATIENCE)
 
     def close(self) -> None:
@@ -102,6 +108,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     terminal.wait_for("> ")
     terminal.type("/set ignore_eos true\n/set max_tokens 1500\n")
     terminal.wait_for("max_tokens = 1500")
+    terminal.wait_for("> ")  # what is typed before is echoed twice
     terminal.type("Tell a story about a river.\n")
     terminal.wait_for(r"(?s)river\..*?(\b\w+ ){4}")
     terminal.type("\x03")
@@ -112,8 +119,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(
     terminal.wait_for("5 tokens, ")
     terminal.type("/set temperature -1\nAgain\n")
     terminal.wait_for(r"\(400, .*temperature\)")
-    terminal.type("\x03")
-    terminal.wait_for("Ctrl-D or /exit leaves")
+    terminal.wait_for("> ")
+    # A signal that comes just before readline waits for a key is seen with the next key.
+    while not terminal.shows("Ctrl-D or /exit leaves"):
+        terminal.type("\x03")
+    terminal.type("/set\n")
+    terminal.wait_for("temperature = -1")
+    terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
 
@@ -149,6 +161,7 @@ def test_it_starts_the_default_model_itself(chat: Callable[..., Terminal]) -> No
     terminal.type("/set temperature 0\nWhat is the capital of France?\n")
     terminal.wait_for("Paris")
     terminal.wait_for("tokens/s")
+    terminal.wait_for("> ")
     terminal.type("Tell a very long story about a river.\n")
     terminal.wait_for(r"(?s)river\..*?(\b\w+ ){4}")
     terminal.type("\x03")
