@@ -85,6 +85,7 @@ class BatchRequest(BaseModel):
 
 @router.post("/v1/batches")
 async def create_batch(request: Request) -> Response:
+    """Its lines are answered while the server has nothing better to do, within 24 hours."""
     services = services_of(request)
     store = services.kept()
     body, ignored = await receive(request, BatchRequest)
@@ -108,6 +109,7 @@ async def create_batch(request: Request) -> Response:
 
 @router.get("/v1/batches")
 async def list_batches(request: Request) -> Response:
+    """Newest first; `after` and `limit` turn pages."""
     store = services_of(request).kept()
     page = await read_page(request, store, BATCH, default=20, maximum=100)
     answer = await list_answer(page, lambda record: batch_object(store, record))
@@ -116,6 +118,7 @@ async def list_batches(request: Request) -> Response:
 
 @router.get("/v1/batches/{batch_id}")
 async def get_batch(request: Request) -> Response:
+    """Status and counts of this moment."""
     store = services_of(request).kept()
     batch_id: str = request.path_params["batch_id"]
     record = await store.get(BATCH, batch_id)

@@ -66,6 +66,8 @@ async def upload_file(request: Request) -> Response:
 
 @router.get("/v1/files")
 async def list_files(request: Request) -> Response:
+    """Newest first unless `order` says otherwise; `after` and `limit` turn pages."""
+
     async def shape(record: Record) -> dict[str, Any]:
         return file_object(record)
 
@@ -82,12 +84,14 @@ async def list_files(request: Request) -> Response:
 
 @router.get("/v1/files/{file_id}")
 async def get_file(request: Request) -> Response:
+    """What is known of a file."""
     store = services_of(request).kept()
     return json_response(file_object(await find_file(store, request.path_params["file_id"])))
 
 
 @router.get("/v1/files/{file_id}/content")
 async def get_content(request: Request) -> Response:
+    """The bytes of a file."""
     store = services_of(request).kept()
     record = await find_file(store, request.path_params["file_id"])
     name = quote(record.value["filename"], safe="")
@@ -103,6 +107,7 @@ async def get_content(request: Request) -> Response:
 
 @router.delete("/v1/files/{file_id}")
 async def delete_file(request: Request) -> Response:
+    """Not while a batch still reads it."""
     store = services_of(request).kept()
     record = await find_file(store, request.path_params["file_id"])
     if batch := await _batch_that_reads(store, record.id):
