@@ -19,6 +19,8 @@ MODEL = "SmolLM2-135M-Instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
 STORY = "Once upon a time, there was a little"
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
 
 # --- chat ---------------------------------------------------------------------------------------
 
@@ -224,7 +226,8 @@ def test_context_too_long(client: openai.OpenAI, prompt: str, max_tokens: int | 
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
