@@ -23,10 +23,10 @@ from headrace.api import (
 from headrace.api.api_config import ApiConfig
 from headrace.api.chat import create_chat_completion
 from headrace.api.completions import create_completion
+from headrace.api.error_response import on_headrace_error, on_http_exception
 from headrace.api.ledger import MetricsSink, RequestLedger
 from headrace.api.middleware import RequestMiddleware
 from headrace.api.model_table import ModelTable
-from headrace.api.responses import on_headrace_error, on_http_exception
 from headrace.api.services import Services
 from headrace.errors import HeadraceError
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from headrace.api.batch_input import ENDPOINTS, first_model
 from headrace.api.body import receive
+from headrace.api.error_response import json_response
 from headrace.api.files import DAY, FILE, check_expiry, find_file
 from headrace.api.generation import new_id
 from headrace.api.listing import list_answer, read_page
-from headrace.api.responses import json_response
 from headrace.api.services import services_of
 from headrace.api.store import Record, Store
 from headrace.errors import InvalidRequestError, NotFoundError

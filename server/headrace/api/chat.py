@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -21,11 +22,57 @@ from headrace.api.generation import (
     new_id,
     start,
 )
+from headrace.api.model_table import ServedModel
 from headrace.api.prompts import Truncation, check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
 from headrace.api.tools import tool_use
+from headrace.text.processor import TextProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """A chat request that the engine has taken."""
+
+    body: ChatCompletionRequest
+    model: ServedModel
+    text: TextProcessor
+    reader: MessageReader | None
+    """None where the text of a choice is its content, and nothing else."""
+    context: RequestContext
+    generation: Generation
+
+
+async def start_chat(request: Request, body: ChatCompletionRequest, response_id: str) -> ChatTurn:
+    """Render, tokenize and submit. What other APIs ask for in messages becomes such a body, too.
+
+    Raises what is wrong with the body, or what EngineClient.submit raises; then nothing is left
+    submitted. Call it within `Services.counting_rejections`.
+    """
+    body.check_combinations()
+    model = services_of(request).models.find(body.model)
+    text, info = model.loaded()
+    sampling = body.sampling()
+    use = tool_use(body, text.tool_calls)
+    messages = plain_messages(body.messages)
+    prompt = await encode_chat(
+        text,
+        messages,
+        info,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+        tools=use.tools if use else (),
+        kwargs=body.chat_template_kwargs,
+        truncation=Truncation.of(body, info),
+    )
+    check_lengths([prompt], sampling.max_tokens, info, param="messages")
+    context = RequestContext.of(request, body, response_id)
+    reader = message_reader(body, text, prompt, use)
+    shown = text.tokenizer.special_ids_of(reader.markers) if reader else frozenset[int]()
+    generation = start(model, [prompt], sampling, context, shown=shown)
+    return ChatTurn(body, model, text, reader, context, generation)
 
 
 async def create_chat_completion(request: Request) -> Response:
@@ -34,37 +81,16 @@ async def create_chat_completion(request: Request) -> Response:
     with services.counting_rejections():
         services.check_admission()
         body, ignored = await receive(request, ChatCompletionRequest)
-        body.check_combinations()
-        model = services.models.find(body.model)
-        text, info = model.loaded()
-        sampling = body.sampling()
-        use = tool_use(body, text.tool_calls)
-        messages = plain_messages(body.messages)
-        prompt = await encode_chat(
-            text,
-            messages,
-            info,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            add_special_tokens=body.add_special_tokens,
-            tools=use.tools if use else (),
-            kwargs=body.chat_template_kwargs,
-            truncation=Truncation.of(body, info),
-        )
-        check_lengths([prompt], sampling.max_tokens, info, param="messages")
-        context = RequestContext.of(request, body, new_id("chatcmpl"))
-        reader = message_reader(body, text, prompt, use)
-        shown = text.tokenizer.special_ids_of(reader.markers) if reader else frozenset[int]()
-        generation = start(model, [prompt], sampling, context, shown=shown)
+        turn = await start_chat(request, body, new_id("chatcmpl"))
     reply = ChatReply(
         body,
-        reader,
-        response_id=context.response_id,
-        model=model,
-        tokenizer=text.tokenizer,
+        turn.reader,
+        response_id=turn.context.response_id,
+        model=turn.model,
+        tokenizer=turn.text.tokenizer,
         ignored_fields=ignored,
     )
-    return await reply.send(request, generation)
+    return await reply.send(request, turn.generation)
 
 
 class ChatReply(Reply):

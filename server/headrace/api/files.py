@@ -12,9 +12,9 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
+from headrace.api.error_response import json_response
 from headrace.api.generation import new_id
 from headrace.api.listing import list_answer, read_page
-from headrace.api.responses import json_response
 from headrace.api.services import Services, services_of
 from headrace.api.store import Record, Store, read_chunks
 from headrace.api.upload import Upload, receive_upload

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from headrace.api.responses import json_response
+from headrace.api.error_response import json_response
 from headrace.api.services import Services, services_of
 from headrace.engine.client import EngineState
 

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.api import playground
+from headrace.api.error_response import error_response
 from headrace.api.inner_request import INSIDE
-from headrace.api.responses import error_response
 from headrace.api.services import Services
 from headrace.api.streaming import ClientGoneError, SlowClientError
 from headrace.errors import AuthenticationError, EngineError

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from headrace.api.error_response import json_response
 from headrace.api.model_table import ServedModel
-from headrace.api.responses import json_response
 from headrace.api.services import services_of
 
 router = APIRouter()

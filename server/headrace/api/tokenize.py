@@ -8,6 +8,7 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from headrace.api.body import receive
+from headrace.api.error_response import json_response
 from headrace.api.prompts import encode_chat, encode_prompt
 from headrace.api.protocol import (
     ApplyTemplateRequest,
@@ -15,7 +16,6 @@ from headrace.api.protocol import (
     TokenizeRequest,
     plain_messages,
 )
-from headrace.api.responses import json_response
 from headrace.api.services import services_of
 from headrace.api.tools import template_tools
 from headrace.errors import InvalidRequestError
