@@ -89,6 +89,8 @@ def _measure(machine: Machine, model: str, workload: Workload, options: Options)
     }
     if (graphs := getattr(engine._runner, "graphs", None)) is not None:
         result |= {"graphs": len(graphs.captured), "graph pool growth": graphs.pool_growth}
+        if graphs.pool_growth:
+            result["error"] = f"graphs behind the first took {graphs.pool_growth} bytes more"
     del engine
     gc.collect()
     if machine.device.type == "cuda":

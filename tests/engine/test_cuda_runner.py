@@ -22,6 +22,7 @@ from headrace.config import (
 )
 from headrace.engine.batch import ScheduledBatch
 from headrace.engine.build import build_engine
+from headrace.engine.cuda_graph import POOL_SPARE_BLOCKS
 from headrace.engine.cuda_memory import measured_budget
 from headrace.engine.cuda_runner import CudaRunner, halves
 from headrace.engine.engine import Engine
@@ -373,6 +374,31 @@ def test_a_pool_that_grows_ends_capturing(checkpoint, caplog):
     assert [runner.idle() for _ in range(4)] == [True, True, False, False]
     assert (len(runner.graphs.captured), runner.graphs.pool_growth) == (3, 41 << 20)
     assert "grew by 42991616 bytes" in caplog.text
+
+
+def test_the_first_capture_makes_room_for_the_others(checkpoint, monkeypatch):
+    """In the pool, so within the capture: blocks of both kinds that torch's allocator has."""
+    reserved: list[bool] = []
+    engine = cuda_engine(checkpoint)
+    runner, device = engine._runner, engine.device
+    capture, within = device.capture, []
+
+    def watched(run):
+        within.append(True)
+        graph = capture(run)
+        within.pop()
+        return graph
+
+    monkeypatch.setattr(device, "capture", watched)
+    reserve = runner._reserve_spare_blocks
+    monkeypatch.setattr(
+        runner, "_reserve_spare_blocks", lambda: (reserved.append(bool(within)), reserve())
+    )
+    while runner.idle():
+        pass
+    assert reserved == [True] and runner.graphs.pool_growth == 0
+    assert sum(size <= 1 << 20 for size in POOL_SPARE_BLOCKS) == 16
+    assert max(POOL_SPARE_BLOCKS) > 1 << 20
 
 
 def test_the_largest_step_is_measured(checkpoint):

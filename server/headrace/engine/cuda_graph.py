@@ -17,9 +17,12 @@ CHEAP_TOKENS = 64
 """Up to so many, a step takes as long as reading the weights, whatever its size."""
 MISSES_BEFORE_CAPTURE = 8
 """So often a size is missed before it is captured between steps, which costs about two of them."""
+POOL_SPARE_BLOCKS = (*(1 << 20,) * 16, 20 << 20)
+"""Bytes of blocks that the pool gets beside what the first graph, the largest, takes. Torch's
+allocator keeps requests of up to 1 MiB apart, and there the largest graph may have none: a smaller
+one's tensors find theirs here, so that no later graph makes the pool grow."""
 POOL_SLACK_BYTES = 32 << 20
-"""What the pool may grow by behind the first graph, the largest: borders of the allocator's size
-classes. More is a mistake, and ends capturing."""
+"""More growth behind the first graph ends capturing. Any at all fails bench/gpu.py."""
 
 
 def graph_sizes(max_tokens: int, multiple: int) -> tuple[int, ...]:

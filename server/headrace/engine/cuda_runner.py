@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headrace.engine.batch import NO_WORK, PendingStep, ScheduledBatch, StepResult
 from headrace.engine.cuda_device import CudaDevice
-from headrace.engine.cuda_graph import GraphBook, graph_sizes
+from headrace.engine.cuda_graph import POOL_SPARE_BLOCKS, GraphBook, graph_sizes
 from headrace.engine.cuda_sampling import DeviceSampler
 from headrace.engine.model_runner import LOGITS_CHUNK, kv_layers
 from headrace.engine.request import RunningRequests
@@ -157,14 +157,27 @@ class CudaRunner:
         # Loads the kernels, and makes the memory that all steps share: neither may happen later.
         hidden = self._forward(inputs, None)
         captured: list[Tensor] = []
+        is_first = not self.graphs.captured
+
+        def run() -> None:
+            if is_first:
+                self._reserve_spare_blocks()
+            captured.append(self._forward(inputs, None))
+
         before = self._device.reserved_bytes()
-        graph = self._device.capture(lambda: captured.append(self._forward(inputs, None)))
+        graph = self._device.capture(run)
         growth = self._device.reserved_bytes() - before
         # What is outside of the pool keeps its place, and no tensor of the pool is kept: its
         # memory is that of the next graph, too.
         assert captured[0].data_ptr() == hidden.data_ptr(), "hidden states lie in the pool"
         self._hidden[size] = hidden
         self.graphs.add(size, graph, growth)
+
+    def _reserve_spare_blocks(self) -> None:
+        """Allocated at once and freed at once, within the first capture: they stay in its pool."""
+        device = self._device.torch_device
+        blocks = [torch.empty(n, dtype=torch.uint8, device=device) for n in POOL_SPARE_BLOCKS]
+        del blocks
 
 
 @dataclass(frozen=True, slots=True)
