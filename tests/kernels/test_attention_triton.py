@@ -210,6 +210,21 @@ def work_list(batch: RaggedBatch, block_rows: int) -> attention_work.WorkList:
     )
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_decodes_may_be_left_to_another_kernel(strided: bool, rng: np.random.Generator) -> None:
+    """Their rows stay as they are; the others have the bits that they have beside decodes."""
+    batch = ragged_batch([(1, 300), (5, 40), (1, 1), (0, 9), (2, 600), (1, 70)], 64, rng, pad_to=16)
+    cache = filled_cache(batch, 1, 16, torch.float32)
+    q = torch.randn(16, 2, 16)
+    out = poisoned(16, 16, 2).transpose(1, 2) if strided else poisoned(16, 2, 16)
+    before = out.clone()
+    attention.paged_attention(q, cache, batch.metadata(), 0.25, None, None, out, skip_decodes=True)
+    rows = [0, 6, 9]
+    others = [row for row in range(16) if row not in rows]
+    assert torch.equal(out[rows].view(torch.int32), before[rows].view(torch.int32))
+    assert torch.equal(out[others], run(q, cache, batch)[others])
+
+
 def test_a_work_list_of_many_requests(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

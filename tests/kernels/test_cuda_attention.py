@@ -12,6 +12,7 @@ import torch
 from tests.kernels.cuda_host import SCHEDULES, SHARED_LIMIT, code_of, library
 from torch import Tensor
 
+from headrace_kernels.cuda import attention as cuda_attention
 from headrace_kernels.kv_format import from_pages, to_pages, values_and_scales
 from headrace_kernels.testing import (
     RAGGED_LENGTHS,
@@ -252,3 +253,64 @@ def test_shared_memory(dim: int, dtype: torch.dtype, cache_dtype: torch.dtype) -
     bytes_of = library().shared_memory_of_attention
     assert all(bytes_of(dim, code, group) <= SHARED_LIMIT for group in range(1, 17))
     assert bytes_of(dim, code, 4) + 1024 <= (228 << 10) // 2
+
+
+class Calls:
+    """Stands for the CUDA kernel and for the other one; rows a kernel owns get its number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, triton: bool = True) -> None:
+        self.refuses = False
+        monkeypatch.setattr(cuda_attention, "decode", self.decode)
+        monkeypatch.setattr(cuda_attention, "other", lambda stem, op: self.attend)
+        monkeypatch.setattr(cuda_attention, "takes_others", lambda: triton)
+
+    def decode(self, q, cache, metadata, scale, window, cap, out):
+        if self.refuses:
+            raise RuntimeError("this shape is not taken")
+        out[self._rows(metadata, lambda n: n == 1)] = 1
+
+    def attend(self, q, cache, metadata, scale, window, cap, out, *, skip_decodes=False):
+        out[self._rows(metadata, lambda n: n > 1 or not skip_decodes)] = 2
+
+    @staticmethod
+    def _rows(metadata, owns) -> list[int]:
+        starts = metadata.query_start_loc.tolist()
+        spans = zip(starts, starts[1:], strict=False)
+        return [row for a, b in spans if owns(b - a) for row in range(a, b)]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "captured"])
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([(1, 9), (0, 0), (1, 300)], [1, 1]),
+        ([(1, 9), (2, 5), (1, 300)], [1, 2, 2, 1]),
+        ([(3, 9), (2, 5)], [2] * 5),
+    ],
+    ids=["decodes", "mixed", "prompts"],
+)
+def test_each_request_is_one_kernels(
+    lengths, expected, triton, known, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a captured graph, too, where the host knows nothing; but the reference takes all."""
+    Calls(monkeypatch, triton=triton)
+    metadata = ragged_batch(lengths, 64, rng).metadata()
+    if not known:
+        metadata = replace(metadata, query_lens=np.zeros(0, np.int32))
+    if not triton and (2 in expected or not known):
+        expected = [2] * len(expected)
+    q = torch.zeros(len(expected), 1, 64)
+    out = torch.zeros_like(q)
+    cuda_attention.paged_attention(q, q, metadata, 1.0, None, None, out)
+    assert out[:, 0, 0].tolist() == expected
+
+
+def test_what_the_kernel_refuses_goes_elsewhere(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Calls(monkeypatch).refuses = True
+    out = torch.zeros(4, 1, 64)
+    metadata = ragged_batch([(1, 9), (2, 5), (1, 300)], 64, rng).metadata()
+    cuda_attention.paged_attention(out, out, metadata, 1.0, None, None, out)
+    assert out[:, 0, 0].tolist() == [2, 2, 2, 2]

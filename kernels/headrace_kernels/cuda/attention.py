@@ -1,4 +1,7 @@
-"""Attention of requests with one query token by the CUDA C++ kernel; Triton takes other batches.
+"""Attention of requests with one query token by the CUDA C++ kernel; the others are Triton's.
+
+Which are which is told on the device: a replayed graph runs both kernels, each on its own requests.
+Where the host knows the step, a kernel without work is not launched.
 
 Each kv head of a chunk of 512 tokens is read once for all its query heads, so time is that of
 reading the cache: 64 requests x 4096 tokens of 8 heads x 128 in bf16 are 1.07 GB, 0.25 ms at 4.3
@@ -12,6 +15,9 @@ preempted and computed again may go on otherwise: this is no candidate of the de
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,14 +55,23 @@ def paged_attention(
     out: Tensor,
 ) -> None:
     """See ops/attention.py."""
-    if _only_decodes(metadata):
-        try:
-            decode(q, kv_cache, metadata, scale, sliding_window, soft_cap, out)
-            return
-        except RuntimeError as refusal:
-            log_once("paged_attention", str(refusal))
+    args = (q, kv_cache, metadata, scale, sliding_window, soft_cap, out)
     attend = other("attention", "paged_attention")
-    attend(q, kv_cache, metadata, scale, sliding_window, soft_cap, out)
+    if not _may_have(metadata, lambda query_lens: query_lens == 1):
+        attend(*args)
+        return
+    has_others = _may_have(metadata, lambda query_lens: query_lens > 1)
+    if has_others and not takes_others():
+        attend(*args)
+        return
+    try:
+        decode(*args)
+    except RuntimeError as refusal:
+        log_once("paged_attention", str(refusal))
+        attend(*args)
+        return
+    if has_others:
+        attend(*args, skip_decodes=True)
 
 
 def decode(
@@ -83,10 +98,16 @@ def decode(
     )
 
 
-def _only_decodes(metadata: AttentionMetadata) -> bool:
-    """Whether the host knows the batch, as it does not in a captured graph, and it is so."""
-    known = len(metadata.query_lens) == len(metadata.seq_lens)
-    return known and bool((metadata.query_lens <= 1).all())
+def takes_others() -> bool:
+    """Whether Triton is there, whose kernel leaves decodes out; the reference takes all or none."""
+    return other("attention", "paged_attention").__module__.startswith("headrace_kernels.triton.")
+
+
+def _may_have(metadata: AttentionMetadata, wanted: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Whether some request has such a number of query tokens; in a captured graph any may."""
+    query_lens = metadata.query_lens
+    known = len(query_lens) == len(metadata.seq_lens)
+    return not known or bool(wanted(query_lens).any())
 
 
 def _plan(

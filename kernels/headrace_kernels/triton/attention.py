@@ -85,20 +85,28 @@ def paged_attention(
     sliding_window: int | None,
     soft_cap: float | None,
     out: Tensor,
+    *,
+    skip_decodes: bool = False,
 ) -> None:
-    """See ops/attention.py. Raises ValueError if `scale` is not positive."""
+    """See ops/attention.py. Raises ValueError if `scale` is not positive.
+
+    `skip_decodes`: rows of requests of one query token are left as they are.
+    """
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}")
     if out.numel() == 0 or metadata.seq_lens.shape[0] == 0:
         out.zero_()
         return
     if q.stride(-1) != 1 or out.stride(-1) != 1:
-        dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        paged_attention(q.contiguous(), kv_cache, metadata, scale, sliding_window, soft_cap, dense)
+        dense = out.clone(memory_format=torch.contiguous_format)
+        paged_attention(
+            q.contiguous(), kv_cache, metadata, scale, sliding_window, soft_cap, dense,
+            skip_decodes=skip_decodes,
+        )  # fmt: skip
         out.copy_(dense)
         return
     layout = _layout(kv_cache, q, out)
-    work = _work_list(q, kv_cache, metadata, sliding_window)
+    work = _work_list(q, kv_cache, metadata, sliding_window, skip_decodes)
     _attend(q, layout, work, metadata.block_table, scale, sliding_window, soft_cap, out)
     num_tokens, num_heads, head_dim = q.shape
     kv_heads = kv_cache.shape[2]
@@ -205,12 +213,16 @@ def fold_constants(num_heads: int, kv_heads: int, head_dim: int, layout: Layout)
 
 
 def _work_list(
-    q: Tensor, kv_cache: Tensor, metadata: AttentionMetadata, sliding_window: int | None
+    q: Tensor,
+    kv_cache: Tensor,
+    metadata: AttentionMetadata,
+    sliding_window: int | None,
+    skip_decodes: bool,
 ) -> WorkList:
     """Made by the first layer of a step; those of another window or shape make their own."""
     num_tokens, num_heads, head_dim = q.shape
     kv_heads, page_size = kv_cache.shape[2:4]
-    key = ("triton", *q.shape, kv_heads, page_size, sliding_window)
+    key = ("triton", *q.shape, kv_heads, page_size, sliding_window, skip_decodes)
     work: WorkList | None = metadata.plans.get(key)
     if work is None:
         work = metadata.plans[key] = make_work_list(
@@ -224,6 +236,7 @@ def _work_list(
             chunk=CHUNK,
             programs=_programs(q.device),
             sliding_window=sliding_window,
+            skip_decodes=skip_decodes,
         )
     return work
 
@@ -298,17 +311,18 @@ def builds(arch: str) -> Iterator[Build]:
             },  # fmt: skip
             constants=fold_constants(*heads, Layout(None, None, None, (), (), UNIT)),
         )
-        yield Build(
-            name=f"{model} work list",
-            kernel=list_work_kernel,
-            types={
-                **dict.fromkeys(
-                    ("query_start_loc", "seq_lens", "counts", "items", "folds"), "*i32"
-                ),
-                **dict.fromkeys(("num_requests", "partial_rows", "window"), "i32"),
-            },
-            constants=work_constants(num_heads // kv_heads, ROWS, CHUNK),
-        )
+        for skip_decodes, name in ((False, "work list"), (True, "work list, no decodes")):
+            yield Build(
+                name=f"{model} {name}",
+                kernel=list_work_kernel,
+                types={
+                    **dict.fromkeys(
+                        ("query_start_loc", "seq_lens", "counts", "items", "folds"), "*i32"
+                    ),
+                    **dict.fromkeys(("num_requests", "partial_rows", "window"), "i32"),
+                },
+                constants=work_constants(num_heads // kv_heads, ROWS, CHUNK, skip_decodes),
+            )
     if arch != "sm_100":  # It spills 216 bytes there.
         yield _attention_build(
             "gemma-2-2b bf16", arch, (8, 4, 256), "bf16", WINDOWED=True, CAPPED=True

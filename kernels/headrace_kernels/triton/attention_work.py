@@ -64,8 +64,12 @@ def make_work_list(
     chunk: int,
     programs: int,
     sliding_window: int | None,
+    skip_decodes: bool = False,
 ) -> WorkList:
-    """Launch the making of the list; sizes are upper bounds by shapes, at most PARTIAL_BYTES."""
+    """Launch the making of the list; sizes are upper bounds by shapes, at most PARTIAL_BYTES.
+
+    `skip_decodes`: requests of one query token are another kernel's.
+    """
     requests, max_blocks = metadata.block_table.shape
     group = num_heads // num_kv_heads
     max_chunks = -(-max_blocks * page_size // chunk)
@@ -101,14 +105,21 @@ def make_work_list(
         requests,
         rows,
         sliding_window or 0,
-        **work_constants(group, block_rows, chunk),
+        **work_constants(group, block_rows, chunk, skip_decodes),
     )
     return work
 
 
-def work_constants(group: int, block_rows: int, chunk: int) -> dict[str, int]:
+def work_constants(
+    group: int, block_rows: int, chunk: int, skip_decodes: bool = False
+) -> dict[str, int]:
     """The constexpr arguments of list_work_kernel."""
-    return {"GROUP": group, "BLOCK_ROWS": block_rows, "CHUNK": chunk}
+    return {
+        "GROUP": group,
+        "BLOCK_ROWS": block_rows,
+        "CHUNK": chunk,
+        "MIN_TOKENS": 2 if skip_decodes else 1,
+    }
 
 
 @triton.jit
@@ -130,7 +141,7 @@ def _demand(query_len, chunks, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_requests", "partial_rows", "window"])
 def list_work_kernel(
     query_start_loc, seq_lens, counts, items, folds, num_requests, partial_rows, window,
-    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, MIN_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Writes the entries of request program_id(0) behind those of the requests before it.
 
@@ -150,6 +161,7 @@ def list_work_kernel(
         exists = request < num_requests
         begin = tl.load(query_start_loc + request, mask=exists, other=0)
         query_len = tl.load(query_start_loc + request + 1, mask=exists, other=0) - begin
+        query_len = tl.where(query_len >= MIN_TOKENS, query_len, 0)
         seq_len = tl.load(seq_lens + request, mask=exists & (query_len > 0), other=0)
         _, chunks = _chunks_of(query_len, seq_len, window, CHUNK)
         blocks, wanted = _demand(query_len, chunks, GROUP, BLOCK_ROWS)
@@ -173,7 +185,7 @@ def list_work_kernel(
         tl.store(counts + 2, tl.load(query_start_loc + num_requests))
     begin = tl.load(query_start_loc + own)
     query_len = tl.load(query_start_loc + own + 1) - begin
-    if query_len > 0:
+    if query_len >= MIN_TOKENS:
         seq_len = tl.load(seq_lens + own)
         first_chunk, chunks = _chunks_of(query_len, seq_len, window, CHUNK)
         blocks, wanted = _demand(query_len, chunks, GROUP, BLOCK_ROWS)
