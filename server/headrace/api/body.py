@@ -63,21 +63,26 @@ def parse_body(kind: type[Model], raw: bytes, *, strict_fields: bool) -> tuple[M
 
     Raises InvalidRequestError or UnsupportedParameterError for the first thing that is wrong.
     """
-    # Counted in texts, too: a text with so many is longer than what a model takes.
-    if len(raw) > MAX_JSON_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
-        raise RequestTooLargeError(
-            f"The body holds more than {MAX_JSON_VALUES} values; split it over several requests."
-        )
-    try:
-        body = kind.model_validate_json(raw)
-    except ValidationError as error:
-        raise _invalid(error) from None
+    body = parse_json(kind, raw)
     ignored = check_extra_fields(
         body.model_extra,
         strict=strict_fields or bool(getattr(body, "strict_fields", None)),
         known=kind.model_fields,
     )
     return body, ignored
+
+
+def parse_json(kind: type[Model], raw: bytes) -> Model:
+    """The typed body, whatever other fields it has. As quick as parse_body, and raises the same."""
+    # Counted in texts, too: a text with so many is longer than what a model takes.
+    if len(raw) > MAX_JSON_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise RequestTooLargeError(
+            f"The body holds more than {MAX_JSON_VALUES} values; split it over several requests."
+        )
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise invalid_body(error) from None
 
 
 def field_path(location: Sequence[str | int]) -> str:
@@ -91,7 +96,8 @@ def field_path(location: Sequence[str | int]) -> str:
     return path
 
 
-def _invalid(error: ValidationError) -> InvalidRequestError:
+def invalid_body(error: ValidationError) -> InvalidRequestError:
+    """The first thing that is wrong, by the name of its field."""
     first = error.errors(include_url=False, include_input=False, include_context=True)[0]
     kind, message = first["type"], first["msg"]
     if kind == "json_invalid":

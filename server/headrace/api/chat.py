@@ -27,7 +27,7 @@ from headrace.api.prompts import Truncation, check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
-from headrace.api.tools import tool_use
+from headrace.api.tools import ToolUse, tool_use
 from headrace.text.processor import TextProcessor
 
 
@@ -44,21 +44,28 @@ class ChatTurn:
     generation: Generation
 
 
-async def start_chat(request: Request, body: ChatCompletionRequest, response_id: str) -> ChatTurn:
-    """Render, tokenize and submit. What other APIs ask for in messages becomes such a body, too.
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A chat request as the model is to see it."""
 
-    Raises what is wrong with the body, or what EngineClient.submit raises; then nothing is left
-    submitted. Call it within `Services.counting_rejections`.
+    model: ServedModel
+    tools: ToolUse | None
+    token_ids: list[int]
+
+
+async def chat_prompt(request: Request, body: ChatCompletionRequest) -> ChatPrompt:
+    """Check, render and tokenize; nothing is submitted.
+
+    Raises what is wrong with the body. Whether the prompt leaves room for an output is checked by
+    `start_chat`, but a text that is hopelessly long is refused here.
     """
     body.check_combinations()
     model = services_of(request).models.find(body.model)
     text, info = model.loaded()
-    sampling = body.sampling()
     use = tool_use(body, text.tool_calls)
-    messages = plain_messages(body.messages)
-    prompt = await encode_chat(
+    token_ids = await encode_chat(
         text,
-        messages,
+        plain_messages(body.messages),
         info,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
@@ -67,12 +74,24 @@ async def start_chat(request: Request, body: ChatCompletionRequest, response_id:
         kwargs=body.chat_template_kwargs,
         truncation=Truncation.of(body, info),
     )
-    check_lengths([prompt], sampling.max_tokens, info, param="messages")
+    return ChatPrompt(model, use, token_ids)
+
+
+async def start_chat(request: Request, body: ChatCompletionRequest, response_id: str) -> ChatTurn:
+    """Render, tokenize and submit. What other APIs ask for in messages becomes such a body, too.
+
+    Raises what is wrong with the body, or what EngineClient.submit raises; then nothing is left
+    submitted. Call it within `Services.counting_rejections`.
+    """
+    sampling = body.sampling()
+    prompt = await chat_prompt(request, body)
+    text, info = prompt.model.loaded()
+    check_lengths([prompt.token_ids], sampling.max_tokens, info, param="messages")
     context = RequestContext.of(request, body, response_id)
-    reader = message_reader(body, text, prompt, use)
+    reader = message_reader(body, text, prompt.token_ids, prompt.tools)
     shown = text.tokenizer.special_ids_of(reader.markers) if reader else frozenset[int]()
-    generation = start(model, [prompt], sampling, context, shown=shown)
-    return ChatTurn(body, model, text, reader, context, generation)
+    generation = start(prompt.model, [prompt.token_ids], sampling, context, shown=shown)
+    return ChatTurn(body, prompt.model, text, reader, context, generation)
 
 
 async def create_chat_completion(request: Request) -> Response:

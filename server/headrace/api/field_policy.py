@@ -148,7 +148,12 @@ HONOURED: dict[str, str] = {
 
 
 def check_extra_fields(
-    extra: Mapping[str, Any] | None, *, strict: bool, known: Iterable[str]
+    extra: Mapping[str, Any] | None,
+    *,
+    strict: bool,
+    known: Iterable[str],
+    harmless: Mapping[str, str] = HARMLESS,
+    refused: Mapping[str, Refused] = REFUSED,
 ) -> list[str]:
     """Judge the fields that no model holds; returns the names of the unknown ones.
 
@@ -158,9 +163,9 @@ def check_extra_fields(
     """
     unknown: list[str] = []
     for name, value in (extra or {}).items():
-        if value is None or name in HARMLESS:
+        if value is None or name in harmless:
             continue
-        policy = REFUSED.get(name)
+        policy = refused.get(name)
         if policy is None:
             unknown.append(name[:MAX_NAME])
         elif not any(type(value) is type(no) and value == no for no in policy.neutral):
