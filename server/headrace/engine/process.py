@@ -136,7 +136,8 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def main() -> NoReturn:
+def main(process: type[EngineProcess] = EngineProcess) -> NoReturn:
+    """`process`: one with another way to load an engine, for stand-ins."""
     startup = msgspec.json.decode(sys.stdin.buffer.readline(), type=Startup)
     threading.Thread(target=_die_with_parent, name="lifeline", daemon=True).start()
     # A terminal's Ctrl-C and a supervisor's SIGTERM reach every process of the group; the
@@ -146,7 +147,7 @@ def main() -> NoReturn:
     configure_logging(startup.log_level, startup.log_format)
     channel = BlockingChannel(socket.socket(fileno=startup.socket_fd))
     try:
-        status = EngineProcess(channel).run(startup.config)
+        status = process(channel).run(startup.config)
     except Exception:
         logger.exception("A bug ended the engine")
         status = 1

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -56,6 +56,9 @@ CLOSE_TIMEOUT = 5.0  # seconds an engine gets to end by itself
 
 class ProcessEngineClient:
     """Implements client.EngineClient with the engine in a process of its own."""
+
+    engine_program: ClassVar[Sequence[str]] = ("-m", "headrace.engine.process")
+    """Arguments of Python. A stand-in for the engine, which speaks wire.py, is started instead."""
 
     def __init__(
         self,
@@ -211,7 +214,7 @@ class ProcessEngineClient:
 
     def _spawn(self, socket_fd: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "headrace.engine.process"],
+            [sys.executable, "-P", *self.engine_program],
             stdin=subprocess.PIPE,
             bufsize=0,  # nothing is left to flush, and to fail, when it is closed
             pass_fds=[socket_fd],
