@@ -72,6 +72,7 @@ class LLM:
         )
         self._request_numbers = itertools.count()
         self._client = InProcessEngineClient(lambda: build_engine(config))
+        self._client.tokenizer_json = self.text.tokenizer.to_json()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()

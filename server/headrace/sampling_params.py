@@ -127,6 +127,9 @@ class GenerateRequest:
     """W3C traceparent."""
     banned_sequences: list[list[int]] = field(default_factory=list)
     """`sampling.bad_words` in token ids: sequences that may not be completed."""
+    grammar: str = ""
+    """What the output must be, in llguidance's Lark (its docs/syntax.md), where a JSON schema is
+    `%json {...}` and a special token `<name>` or `<[id]>`. Empty: anything."""
     resume_token_ids: list[int] = field(default_factory=list)
     """Output tokens already delivered, when a request is replayed on a restarted engine."""
 

@@ -118,6 +118,7 @@ class Service:
             TextProcessor.from_assets, checkpoint.tokenizer, template_file=options.chat_template
         )
         text.choose_parsers(self._options.tool_call_parser, self._options.reasoning_parser)
+        self.client.tokenizer_json = await asyncio.to_thread(text.tokenizer.to_json)
         self.model.text = text
         self.model.digest = await asyncio.to_thread(lambda: checkpoint.digest)
         info = await self.client.wait_ready()

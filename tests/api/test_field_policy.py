@@ -68,7 +68,7 @@ async def test_refused_fields_are_named_with_a_remedy(http: httpx.AsyncClient, n
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("store", True), ("store", 0), ("n_best", None), ("response_format", {"type": "json_object"})],
+    [("store", True), ("store", 0), ("n_best", None), ("suffix", "end")],
 )
 async def test_values_are_compared_with_their_type(
     http: httpx.AsyncClient, name: str, value: Any

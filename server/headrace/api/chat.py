@@ -27,6 +27,7 @@ from headrace.api.prompts import Truncation, check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
+from headrace.api.structured_output import output_grammar
 from headrace.api.tools import ToolUse, tool_use
 from headrace.text.processor import TextProcessor
 
@@ -90,7 +91,10 @@ async def start_chat(request: Request, body: ChatCompletionRequest, response_id:
     context = RequestContext.of(request, body, response_id)
     reader = message_reader(body, text, prompt.token_ids, prompt.tools)
     shown = text.tokenizer.special_ids_of(reader.markers) if reader else frozenset[int]()
-    generation = start(prompt.model, [prompt.token_ids], sampling, context, shown=shown)
+    grammar = output_grammar(body, sampling)
+    generation = start(
+        prompt.model, [prompt.token_ids], sampling, context, shown=shown, grammar=grammar
+    )
     return ChatTurn(body, prompt.model, text, reader, context, generation)
 
 

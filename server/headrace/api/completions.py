@@ -27,6 +27,7 @@ from headrace.api.prompts import Truncation, check_lengths, encode_prompt
 from headrace.api.protocol import CompletionRequest
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
+from headrace.api.structured_output import output_grammar
 from headrace.text.detokenizer import Detokenizer
 
 
@@ -50,7 +51,8 @@ async def create_completion(request: Request) -> Response:
         )
         check_lengths(prompts, sampling.max_tokens, info, param="prompt")
         context = RequestContext.of(request, body, new_id("cmpl"))
-        generation = start(model, prompts, sampling, context)
+        grammar = output_grammar(body, sampling)
+        generation = start(model, prompts, sampling, context, grammar=grammar)
     reply = CompletionReply(
         body,
         response_id=context.response_id,

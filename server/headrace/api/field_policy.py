@@ -39,7 +39,6 @@ HARMLESS: dict[str, str] = {
 
 _OMIT = "Leave it out."
 _TOOLS = "Use tools and tool_choice."
-_STRUCTURED = "Structured output is not supported yet; ask for the format in a message."
 _TEXT_ONLY = "Only text goes in and out; leave it out."
 
 REFUSED: dict[str, Refused] = {
@@ -51,7 +50,6 @@ REFUSED: dict[str, Refused] = {
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
     "moderation": Refused(_OMIT),
     "reasoning_effort": Refused("If the chat template knows it, set it in chat_template_kwargs."),
-    "response_format": Refused(_STRUCTURED, ({"type": "text"},)),
     "service_tier": Refused('There is one tier: "auto" or "default".', ("auto", "default")),
     "store": Refused("Nothing is stored; leave it out or set it to false.", (False,)),
     "suffix": Refused("Insertion is not supported; put everything into the prompt.", ("",)),
@@ -66,13 +64,6 @@ REFUSED: dict[str, Refused] = {
     "ec_transfer_params": Refused(_OMIT),
     "echo": Refused("Chat does not repeat its messages; /v1/completions has echo.", (False,)),
     "early_stopping": Refused("Beam search is not supported; leave it out.", (False,)),
-    "ebnf": Refused(_STRUCTURED),
-    "grammar": Refused(_STRUCTURED),
-    "guided_choice": Refused(_STRUCTURED),
-    "guided_grammar": Refused(_STRUCTURED),
-    "guided_json": Refused(_STRUCTURED),
-    "guided_regex": Refused(_STRUCTURED),
-    "json_schema": Refused(_STRUCTURED),
     "kv_transfer_params": Refused(_OMIT),
     "length_penalty": Refused("Beam search is not supported; leave it out.", (1.0,)),
     "logprob_token_ids": Refused("Use top_logprobs, or logprobs of /v1/completions.", ([],)),
@@ -82,12 +73,10 @@ REFUSED: dict[str, Refused] = {
     "min_new_tokens": Refused("Call it min_tokens."),
     "mm_processor_kwargs": Refused(_TEXT_ONLY, ({},)),
     "prompt_embeds": Refused("Send the prompt as text or token ids."),
-    "regex": Refused(_STRUCTURED),
     "repeat_penalty": Refused("Call it repetition_penalty.", (1.0,)),
     "repetition_detection": Refused(_OMIT),
     "stop_regex": Refused("Use stop."),
     "stream_interval": Refused("One event is sent per token; leave it out.", (1,)),
-    "structured_outputs": Refused(_STRUCTURED),
     "thinking_token_budget": Refused("Use max_tokens."),
     "typical_p": Refused("Use top_p or min_p.", (1.0,)),
     "vllm_xargs": Refused(_OMIT, ({},)),
@@ -120,7 +109,17 @@ HONOURED: dict[str, str] = {
     "tools": "Functions, at most 512; strict is refused.",
     "tool_choice": "none, auto, or allowed_tools with mode auto; what forces a call is refused.",
     "parallel_tool_calls": "false: calls after the first one are dropped.",
+    "response_format": "text, json_object or json_schema; strict or not, the output always fits.",
     # Extensions
+    "structured_outputs": "One of json, regex, choice, grammar, json_object.",
+    "guided_json": "A JSON schema, as an object or as text.",
+    "guided_regex": "A regular expression that the whole output matches.",
+    "guided_choice": "The texts that the output may be; at most 4096.",
+    "guided_grammar": "A grammar in llguidance's Lark, or in GBNF.",
+    "json_schema": "As guided_json.",
+    "regex": "As guided_regex.",
+    "ebnf": "As guided_grammar.",
+    "grammar": "As guided_grammar.",
     "top_k": "0 or -1: no limit.",
     "min_p": "0 to 1: least probability, as a part of the likeliest token's.",
     "repetition_penalty": "Above 0, to 100; counts prompt and output tokens.",

@@ -19,6 +19,7 @@ from headrace.api.ledger import RequestLedger
 from headrace.api.model_table import ServedModel
 from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
 from headrace.api.services import services_of
+from headrace.api.structured_output import OutputGrammar
 from headrace.engine.client import (
     FinishReason,
     ModelInfo,
@@ -30,6 +31,7 @@ from headrace.engine.client import (
 from headrace.errors import (
     ContextLengthExceededError,
     EngineError,
+    HeadraceError,
     InvalidRequestError,
     OverloadedError,
     UnavailableError,
@@ -138,7 +140,9 @@ class Choice:
         tokenizer: Tokenizer,
         ledger: RequestLedger,
         shown: frozenset[int] = frozenset(),
+        grammar_param: str | None = None,
     ) -> None:
+        self._grammar_param = grammar_param
         self.index = index
         self.prompt_token_ids = request.prompt_token_ids
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -187,7 +191,7 @@ class Choice:
         self._meter.tokens(len(output.token_ids))
         ending = output.finish_reason
         if ending is not None and ending not in (FinishReason.STOP, FinishReason.LENGTH):
-            raise _failure(ending, output.error)
+            raise _failure(ending, output.error, self._grammar_param)
         texts = self._text.push_output(
             output.token_ids,
             ends=ending is not None,
@@ -292,8 +296,10 @@ def start(
     context: RequestContext,
     *,
     shown: frozenset[int] = frozenset(),
+    grammar: OutputGrammar | None = None,
 ) -> Generation:
-    """Submit every prompt n times. `shown`: special tokens that are part of the text.
+    """Submit every prompt n times. `shown`: special tokens that are part of the text. `grammar`:
+    what each output must be.
 
     Raises what EngineClient.submit raises; then nothing is left submitted.
     """
@@ -319,11 +325,19 @@ def start(
                     model_revision=model.revision,
                     banned_sequences=banned,
                     trace_context=context.trace_context,
+                    grammar="" if grammar is None else grammar.text,
                 )
                 stream = model.client.submit(request)
-                generation.choices.append(
-                    Choice(index, request, stream, text.tokenizer, context.ledger, shown)
+                choice = Choice(
+                    index,
+                    request,
+                    stream,
+                    text.tokenizer,
+                    context.ledger,
+                    shown,
+                    grammar_param=grammar.param if grammar else None,
                 )
+                generation.choices.append(choice)
     except BaseException:
         generation.close()
         raise
@@ -364,9 +378,11 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, limit: int, *, 
         )
 
 
-def _failure(
-    reason: FinishReason, message: str | None
-) -> EngineError | UnavailableError | OverloadedError:
+def _failure(reason: FinishReason, message: str | None, grammar_param: str | None) -> HeadraceError:
+    if reason is FinishReason.REFUSED:
+        return InvalidRequestError(
+            f"{grammar_param} cannot be honoured: {message}", param=grammar_param
+        )
     if reason is FinishReason.DEADLINE:
         return OverloadedError(message or "The request waited past its deadline; try again later.")
     if reason is FinishReason.ABORT:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from headrace.api.structured_output import StructuredFields
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
 from headrace.sampling_params import SamplingParams
 
@@ -104,7 +105,7 @@ class StreamOptions(_Body):
     """Accepted; no padding is sent."""
 
 
-class _GenerationBody(_Body):
+class _GenerationBody(StructuredFields, _Body):
     """What both endpoints share. null is the same as leaving a field out."""
 
     model: str | None = None

@@ -22,6 +22,8 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"
     DEADLINE = "deadline"
     ERROR = "error"
+    REFUSED = "refused"
+    """The request's grammar cannot be used; the output's error says why."""
 
 
 @dataclass(frozen=True, slots=True)

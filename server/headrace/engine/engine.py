@@ -14,10 +14,19 @@ from headrace.engine.batch import (
     PendingStep,
     ScheduledBatch,
 )
-from headrace.engine.client import EngineStats, ModelInfo, RequestOutput, StepOutputs
+from headrace.engine.client import (
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    RequestOutput,
+    StepOutputs,
+)
+from headrace.engine.constrained_rows import start_masks
+from headrace.engine.grammar import GrammarCompiler
 from headrace.engine.scheduler import Scheduler
 from headrace.sampling_params import GenerateRequest
 
+COMPILE_WAIT = 0.005  # seconds that a step without other work waits for grammars
 RESIDENT_BYTES_PERIOD = 1.0  # seconds; reading it costs more than scheduling a step
 
 
@@ -54,6 +63,7 @@ class Engine:
         self.info = info
         self._scheduler = scheduler
         self._runner = runner
+        self._grammars = GrammarCompiler(info.vocab_size, info.eos_token_ids)
         self._aborted: list[str] = []
         self._in_flight = IDLE
         self._steps = 0
@@ -64,7 +74,15 @@ class Engine:
         self._resident_bytes_time = 0.0
 
     def add(self, request: GenerateRequest, handle: int) -> None:
-        self._scheduler.add(request, handle)
+        """Queue a request, once its grammar is compiled if it has one."""
+        if request.grammar:
+            self._grammars.start(request, handle)
+        else:
+            self._scheduler.add(request, handle)
+
+    def use_tokenizer(self, tokenizer_json: str) -> None:
+        """How tokens are spelled, as a tokenizer.json: before the first request with a grammar."""
+        self._grammars.use_tokenizer(tokenizer_json)
 
     def abort(self, request_id: str) -> None:
         """Takes effect, blocks and all, before the next step's work is chosen."""
@@ -73,7 +91,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         in_flight = self._in_flight is not IDLE
-        return in_flight or self._scheduler.has_work or bool(self._aborted)
+        return (
+            in_flight or self._scheduler.has_work or bool(self._aborted) or len(self._grammars) > 0
+        )
 
     def step(self) -> StepOutputs:
         """Compute one batch. What ended, and each new token, is in the result.
@@ -81,14 +101,19 @@ class Engine:
         With a runner that overlaps, the batch is launched, and the result is that of the batch
         before, which the device computed meanwhile.
         """
-        aborted = self._take_aborts()
+        ended = self._take_aborts()
+        if len(self._grammars):
+            ended += self._take_compiled()
         batch = self._scheduler.schedule()
-        launched = Step(batch, self._runner.launch(batch)) if batch else IDLE
+        launched = IDLE
+        if batch:
+            start_masks(self._scheduler.running, batch.rows[batch.samples])
+            launched = Step(batch, self._runner.launch(batch))
         done = self._collect(launched)
         result = done.pending.result()
         self._oom_retries += result.oom_retries
         outputs = self._scheduler.update(done.batch, result)
-        outputs.details.extend(aborted)
+        outputs.details.extend(ended)
         if tokens := self._scheduler.num_filed_tokens:
             self._steps, self._step_tokens = self._steps + 1, tokens
         outputs.stats = self.stats()
@@ -106,9 +131,26 @@ class Engine:
         return done
 
     def _take_aborts(self) -> list[RequestOutput]:
-        ended = [self._scheduler.abort(request_id) for request_id in self._aborted]
+        ended = []
+        for request_id in self._aborted:
+            if (source := self._grammars.cancel(request_id)) is not None:
+                ended.append(self._scheduler.refuse(source, FinishReason.ABORT))
+            elif (output := self._scheduler.abort(request_id)) is not None:
+                ended.append(output)
         self._aborted.clear()
-        return [output for output in ended if output is not None]
+        return ended
+
+    def _take_compiled(self) -> list[RequestOutput]:
+        """Queue the requests whose grammars are through; the ends of those whose are refused."""
+        if self._in_flight is IDLE and not self._scheduler.has_work:
+            self._grammars.wait(COMPILE_WAIT)
+        refused = []
+        for source, handle, constraint, error in self._grammars.take():
+            if constraint is None:
+                refused.append(self._scheduler.refuse(source, FinishReason.REFUSED, error))
+            else:
+                self._scheduler.add(source, handle, constraint)
+        return refused
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False, and no change, while requests run."""
@@ -125,7 +167,7 @@ class Engine:
             self._resident_bytes_time = now
         return EngineStats(
             running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
+            waiting=scheduler.num_waiting + len(self._grammars),
             kv_blocks_used=kv_cache.num_used_blocks,
             kv_blocks_total=kv_cache.pool.num_blocks,
             prefix_query_tokens=kv_cache.query_tokens,

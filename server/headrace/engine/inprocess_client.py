@@ -38,6 +38,8 @@ class InProcessEngineClient:
         self.info: ModelInfo | None = None
         self.stats = EngineStats()
         self.restarts = 0
+        self.tokenizer_json = ""
+        """How tokens are spelled: what requests with grammars need. Set it before they come."""
         self._build = build
         self._engine: Engine | None = None
         self._live = LiveRequests(limits, on_abort=self._abort, on_end=on_record)
@@ -63,6 +65,8 @@ class InProcessEngineClient:
         if self._engine is None or self.info is None or self.state is not EngineState.READY:
             raise UnavailableError("The engine is not running.")
         handle, stream = self._live.admit(request, self.info)
+        if request.grammar:
+            self._engine.use_tokenizer(self.tokenizer_json)
         self._engine.add(stream.request, handle)
         self._work.set()
         return stream

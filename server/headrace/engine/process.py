@@ -33,6 +33,7 @@ from headrace.engine.wire import (
     Ready,
     ResetPrefixCache,
     Shutdown,
+    Spelling,
     StepDone,
     Submit,
     ToEngine,
@@ -120,6 +121,8 @@ class EngineProcess:
                 engine.add(request, handle)
             case Abort(request_id=request_id):
                 engine.abort(request_id)
+            case Spelling(tokenizer_json=tokenizer_json):
+                engine.use_tokenizer(tokenizer_json)
             case ResetPrefixCache():
                 self._send(PrefixCacheReset(engine.reset_prefix_cache()))
             case Shutdown():

@@ -40,6 +40,7 @@ from headrace.engine.wire import (
     Ready,
     ResetPrefixCache,
     Shutdown,
+    Spelling,
     StepDone,
     Submit,
     ToEngine,
@@ -79,6 +80,8 @@ class ProcessEngineClient:
         self.restarts = 0
         self.config = config
         """What engines are started with; `model` must be a local path by then."""
+        self.tokenizer_json = ""
+        """How tokens are spelled: what requests with grammars need. Set it before they come."""
         self._step_timeout = step_timeout
         self._log_level = log_level
         self._log_format = log_format
@@ -100,6 +103,7 @@ class ProcessEngineClient:
         self._deaths: deque[float] = deque()
         self._last_seen = time.monotonic()
         self._closing = False
+        self._told_spelling = False
 
     # --- EngineClient -----------------------------------------------------------------------
 
@@ -126,7 +130,7 @@ class ProcessEngineClient:
             raise UnavailableError("The engine is gone; this server is shutting down.")
         handle, stream = self._live.admit(request, self.info)
         if self.state is EngineState.READY:
-            self._send(Submit(stream.request, handle))
+            self._submit(stream.request, handle)
         # else: it goes out with the replays, once the engine is back
         return stream
 
@@ -286,10 +290,17 @@ class ProcessEngineClient:
     def _become_ready(self, info: ModelInfo) -> None:
         self.info = info
         self.state = EngineState.READY
+        self._told_spelling = False
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(info)
         for handle, request in self._live.replays():
-            self._send(Submit(request, handle))
+            self._submit(request, handle)
+
+    def _submit(self, request: GenerateRequest, handle: int) -> None:
+        if request.grammar and not self._told_spelling:
+            self._told_spelling = True
+            self._send(Spelling(self.tokenizer_json))
+        self._send(Submit(request, handle))
 
     def _observe(self, stats: EngineStats) -> None:
         if stats.steps > self.stats.steps and stats.step_tokens > 0:

@@ -6,6 +6,7 @@ columns, so that a step over hundreds of decoding rows is a handful of array ope
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.engine.client import FinishReason, RequestRecord, TokenLogprobs
+from headrace.engine.grammar import Constraint
+from headrace.engine.token_masks import TokenMasks
 from headrace.engine.token_rules import BannedSequences
 from headrace.sampling_params import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams
 
@@ -46,6 +49,8 @@ class Request:
     allowed_token_ids: LongArray | None = None
     """The only tokens that can be sampled, if that was asked for."""
     banned: BannedSequences | None = None
+    constraint: Constraint | None = None
+    """Its place in its grammar, after the tokens that are known."""
     row: int = -1
     """Its row in RunningRequests, or -1 while waiting."""
     num_cached_tokens: int = 0
@@ -57,6 +62,39 @@ class Request:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """Filled chunk by chunk; sent with the first token."""
     prompt_logprobs_sent: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        source: GenerateRequest,
+        handle: int,
+        *,
+        arrival_number: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        constraint: Constraint | None,
+    ) -> Request:
+        """Of lengths that the client has checked."""
+        sampling = source.sampling
+        num_prompt_tokens = len(source.prompt_token_ids)
+        room = max_model_len - num_prompt_tokens
+        assert num_prompt_tokens > 0 and room > 0, "the client checks lengths"
+        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        eos = frozenset() if sampling.ignore_eos else eos_token_ids
+        allowed = sampling.allowed_token_ids
+        return cls(
+            source=source,
+            handle=handle,
+            arrival_number=arrival_number,
+            token_ids=np.array(source.prompt_token_ids + source.resume_token_ids, np.int32),
+            num_prompt_tokens=num_prompt_tokens,
+            max_total_tokens=num_prompt_tokens + max_tokens,
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            stop_token_ids=eos.union(sampling.stop_token_ids),
+            allowed_token_ids=None if allowed is None else np.array(allowed, np.int64),
+            banned=BannedSequences(source.banned_sequences) if source.banned_sequences else None,
+            constraint=constraint,
+        )
 
     @property
     def request_id(self) -> str:
@@ -147,6 +185,7 @@ class RunningRequests:
         self.penalized: set[int] = set()
         self.biased: set[int] = set()
         self.restricted: set[int] = set()  # to allowed_token_ids, or by banned sequences
+        self.constrained: set[int] = set()  # by a grammar
         self.with_min_tokens: set[int] = set()
         self.with_stop_tokens: set[int] = set()
         self.with_prompt_logprobs: set[int] = set()
@@ -155,12 +194,15 @@ class RunningRequests:
             self.penalized,
             self.biased,
             self.restricted,
+            self.constrained,
             self.with_min_tokens,
             self.with_stop_tokens,
             self.with_prompt_logprobs,
             self.background,
         )
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.token_masks = TokenMasks()
+        """What grammars allow in the step that is launched."""
+        self.eos_token_ids = frozenset(eos_token_ids)
         self._free_rows = list(range(rows - 1, -1, -1))
 
     @property
@@ -181,7 +223,7 @@ class RunningRequests:
         flight brings to their full length, nor those that need the token it samples; those of the
         background only on demand."""
         can = self.active & (self.num_tokens < self.max_total_tokens)
-        if self.penalized or self.restricted:
+        if self.penalized or self.restricted or self.constrained:
             can &= ~(self.needs_known_tokens & (self.num_known_tokens < self.num_tokens))
         if self.background and not background:
             can[list(self.background)] = False
@@ -190,7 +232,13 @@ class RunningRequests:
     @property
     def adjusts_logits(self) -> bool:
         """Whether some row's logits are changed before a token is sampled from them."""
-        return bool(self.penalized or self.biased or self.restricted or self.with_min_tokens)
+        return bool(
+            self.penalized
+            or self.biased
+            or self.restricted
+            or self.constrained
+            or self.with_min_tokens
+        )
 
     def any_ending(self) -> bool:
         """Whether the step in flight brings a row to its full length."""
@@ -255,7 +303,10 @@ class RunningRequests:
         )
         banned = request.banned
         looks_back = banned is not None and banned.looks_back
-        self.needs_known_tokens[row] = penalized or looks_back
+        constrained = request.constraint is not None
+        self.needs_known_tokens[row] = penalized or looks_back or constrained
+        if constrained:
+            self.constrained.add(row)
         if penalized:
             self.penalized.add(row)
         if request.allowed_token_ids is not None or banned is not None:
@@ -267,7 +318,7 @@ class RunningRequests:
             length = request.num_prompt_tokens + sampling.min_tokens
             self.min_total_tokens[row] = min(length, request.max_total_tokens)
             self.with_min_tokens.add(row)
-        own_stop_token_ids = request.stop_token_ids - self._eos_token_ids
+        own_stop_token_ids = request.stop_token_ids - self.eos_token_ids
         self.stop_bits[row] = _bits(own_stop_token_ids)
         if own_stop_token_ids:
             self.with_stop_tokens.add(row)

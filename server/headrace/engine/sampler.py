@@ -57,6 +57,8 @@ class SamplingBatch:
     """Row -> the only ids that can be sampled."""
     banned: Mapping[int, TokenIds] = field(default_factory=dict)
     """Row -> ids that cannot be sampled now: end tokens before min_tokens, ends of bad words."""
+    masks: Mapping[int, IntColumn] = field(default_factory=dict)
+    """Row -> [ceil(V / 32)] what can be sampled: bit i of word w stands for token 32 w + i."""
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -127,7 +129,7 @@ def adjusted(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
 
     `upload` brings an array to their device.
     """
-    if not (batch.penalized or batch.logit_bias or batch.allowed or batch.banned):
+    if not (batch.penalized or batch.logit_bias or batch.allowed or batch.banned or batch.masks):
         return logits
     logits = logits.clone()
     if batch.penalized:
@@ -145,7 +147,25 @@ def adjusted(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
     if batch.banned:
         rows, ids = _pairs(batch.banned)
         logits[upload(rows), upload(ids)] = -torch.inf
+    if batch.masks:
+        _mask(logits, batch.masks, upload)
     return logits
+
+
+def _mask(logits: Tensor, masks: Mapping[int, IntColumn], upload: Upload) -> None:
+    """-inf is added where a mask has no bit, so that logits that are no numbers stay that."""
+    size = logits.shape[1]
+    if logits.device.type == "cpu":
+        for row, words in masks.items():
+            unpacked = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
+            mask = np.where(unpacked, np.float32(0), np.float32(-np.inf))
+            logits[row] += torch.from_numpy(mask)
+        return
+    packed = upload(np.stack(list(masks.values())))
+    bits = (packed.unsqueeze(2) >> torch.arange(32, device=logits.device)) & 1
+    allowed = bits.flatten(1)[:, :size] != 0
+    rows = upload(np.fromiter(masks, np.int64))
+    logits[rows] += torch.where(allowed, 0.0, -torch.inf)
 
 
 def _penalize(logits: Tensor, batch: SamplingBatch, upload: Upload) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from headrace.engine.request import IntArray, LongArray, RunningRequests
 from headrace.engine.sampler import SamplingBatch
+from headrace.engine.token_masks import MaskArray, without
 
 
 def sampling_columns(
@@ -37,13 +38,16 @@ def _rarities(
     running: RunningRequests, rows: LongArray, positions: IntArray
 ) -> dict[str, dict[int, Any]]:
     """The SamplingBatch fields that only few rows have, by index into `rows`."""
+    masks = _masks(running, rows, positions)
     banned = {}
     if running.with_min_tokens:
         for index in np.flatnonzero(positions < running.min_total_tokens[rows]).tolist():
+            if index in masks:
+                continue
             stop_token_ids = running.request(int(rows[index])).stop_token_ids
             banned[index] = np.fromiter(stop_token_ids, np.int64)
     if not (running.penalized or running.biased or running.restricted):
-        return {"banned": banned}
+        return {"banned": banned, "masks": masks}
     index_of = {row: index for index, row in enumerate(rows.tolist())}
     penalized = {}
     for row in running.penalized & index_of.keys():
@@ -71,4 +75,24 @@ def _rarities(
         "logit_bias": logit_bias,
         "allowed": allowed,
         "banned": banned,
+        "masks": masks,
     }
+
+
+def _masks(running: RunningRequests, rows: LongArray, positions: IntArray) -> dict[int, MaskArray]:
+    """By index into `rows`, what grammars allow. An end token that the request does not want, or
+    not yet, is left out where something else is allowed."""
+    masks: dict[int, MaskArray] = {}
+    if not running.constrained:
+        return masks
+    for index, row in enumerate(rows.tolist()):
+        mask = running.token_masks.of(row)
+        if mask is None:
+            continue
+        request = running.request(row)
+        if request.sampling.ignore_eos:
+            mask = without(mask, running.eos_token_ids)
+        if positions[index] < running.min_total_tokens[row]:
+            mask = without(mask, request.stop_token_ids)
+        masks[index] = mask
+    return masks

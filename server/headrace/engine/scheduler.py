@@ -13,8 +13,8 @@ published in the prefix cache.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
-import secrets
 import time
 from collections.abc import Collection
 
@@ -22,6 +22,8 @@ import numpy as np
 
 from headrace.engine.batch import ScheduledBatch, StepResult
 from headrace.engine.client import FinishReason, RequestOutput, StepOutputs, TokenLogprobs
+from headrace.engine.constrained_rows import follow_grammars
+from headrace.engine.grammar import Constraint
 from headrace.engine.kv_cache import KVCacheManager
 from headrace.engine.request import (
     STOP_BITS,
@@ -31,7 +33,6 @@ from headrace.engine.request import (
     Request,
     RunningRequests,
 )
-from headrace.engine.token_rules import BannedSequences
 from headrace.sampling_params import GenerateRequest
 
 _NO_TOKEN = (
@@ -75,31 +76,34 @@ class Scheduler:
 
     # --- arrivals and departures ------------------------------------------------------------
 
-    def add(self, source: GenerateRequest, handle: int) -> None:
-        """Queue a request whose lengths the client has checked."""
-        sampling = source.sampling
-        num_prompt_tokens = len(source.prompt_token_ids)
-        room = self.running.max_model_len - num_prompt_tokens
-        assert num_prompt_tokens > 0 and room > 0, "the client checks lengths"
-        max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        eos = frozenset() if sampling.ignore_eos else self._eos_token_ids
-        allowed = sampling.allowed_token_ids
-        request = Request(
-            source=source,
-            handle=handle,
-            arrival_number=self._arrivals,
-            token_ids=np.array(source.prompt_token_ids + source.resume_token_ids, np.int32),
-            num_prompt_tokens=num_prompt_tokens,
-            max_total_tokens=num_prompt_tokens + max_tokens,
-            seed=seed,
-            stop_token_ids=eos.union(sampling.stop_token_ids),
-            allowed_token_ids=None if allowed is None else np.array(allowed, np.int64),
-            banned=BannedSequences(source.banned_sequences) if source.banned_sequences else None,
-        )
-        self._arrivals += 1
+    def add(
+        self, source: GenerateRequest, handle: int, constraint: Constraint | None = None
+    ) -> None:
+        """Queue a request whose lengths the client has checked. `constraint`: its grammar, behind
+        the tokens it resumes."""
+        request = self._new_request(source, handle, constraint)
         self._requests[source.request_id] = request
         heapq.heappush(self._waiting, (request.order, request))
+
+    def refuse(
+        self, source: GenerateRequest, reason: FinishReason, error: str | None = None
+    ) -> RequestOutput:
+        """The end of a request that was not queued."""
+        output = self._ended(self._new_request(source, 0, None), reason)
+        return dataclasses.replace(output, error=error)
+
+    def _new_request(
+        self, source: GenerateRequest, handle: int, constraint: Constraint | None
+    ) -> Request:
+        self._arrivals += 1
+        return Request.of(
+            source,
+            handle,
+            arrival_number=self._arrivals - 1,
+            max_model_len=self.running.max_model_len,
+            eos_token_ids=self._eos_token_ids,
+            constraint=constraint,
+        )
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Free everything the request holds, now. None if it is unknown or has ended."""
@@ -278,6 +282,8 @@ class Scheduler:
         running.token_ids[rows, ends] = tokens
         running.num_known_tokens[rows] = ends + ~failed
         stopped, full = self._ending(rows, tokens)
+        if running.constrained:
+            follow_grammars(running, rows, tokens, stopped, failed)
         rare = failed | stopped | full | (running.num_logprobs[rows] >= 0)
         rare |= ends == running.num_prompt_tokens[rows]  # first tokens carry times
         plain = ~rare
@@ -350,7 +356,12 @@ class Scheduler:
             prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
             request.prompt_logprobs_sent = True
             self.running.with_prompt_logprobs.discard(row)
-        failed = reason is FinishReason.ERROR
+        failed, error = reason is FinishReason.ERROR, None
+        if failed:
+            error = _NO_TOKEN
+            if request.constraint is not None and request.constraint.error:
+                reason, error = FinishReason.REFUSED, request.constraint.error
+        is_stop_token = reason is FinishReason.STOP and token in request.stop_token_ids
         record = None
         if reason is not None:
             self._release(request)
@@ -364,13 +375,16 @@ class Scheduler:
             scheduled_time=scheduled_time,
             first_token_time=first_token_time,
             finish_reason=reason,
-            stop_token_id=token if reason is FinishReason.STOP else None,
-            error=_NO_TOKEN if failed else None,
+            stop_token_id=token if is_stop_token else None,
+            error=error,
             record=record,
         )
 
     def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
         self._release(request)
+        return self._ended(request, reason)
+
+    def _ended(self, request: Request, reason: FinishReason) -> RequestOutput:
         return RequestOutput(
             request_id=request.request_id,
             finish_reason=reason,

@@ -7,7 +7,7 @@ import msgspec
 from headrace.engine.client import EngineStats, ModelInfo, StepOutputs
 from headrace.sampling_params import GenerateRequest
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
@@ -18,6 +18,12 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
     request_id: str
+
+
+class Spelling(msgspec.Struct, frozen=True, tag="spelling", array_like=True):
+    """How tokens are spelled; comes before requests with grammars."""
+
+    tokenizer_json: str
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset_prefix_cache", array_like=True):
@@ -64,5 +70,5 @@ class PrefixCacheReset(msgspec.Struct, frozen=True, tag="prefix_cache_reset", ar
     done: bool
 
 
-ToEngine = Submit | Abort | ResetPrefixCache | Shutdown
+ToEngine = Submit | Abort | Spelling | ResetPrefixCache | Shutdown
 FromEngine = Hello | LoadProgress | Ready | LoadFailed | StepDone | Heartbeat | PrefixCacheReset

@@ -13,7 +13,7 @@ from typing import Literal
 PREFIX = "headrace_"
 
 MODEL = ("model_name",)
-FINISH_REASONS = ("stop", "length", "abort", "deadline", "error")
+FINISH_REASONS = ("stop", "length", "abort", "deadline", "error", "refused")
 
 # Upper bounds. Latencies resolve milliseconds, where a fast server lives, and reach to the hour,
 # where a batch job does.

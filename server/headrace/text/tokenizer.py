@@ -57,6 +57,11 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a readable tokenizer.json: {error}") from error
         return cls(fast, config)
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json, with all that was added."""
+        content: str = self._fast.to_str()
+        return content
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
         return [*self._leading_ids, *ids] if add_special_tokens and self._leading_ids else ids
