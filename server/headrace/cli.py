@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from headrace import __version__
 from headrace.config import (
-    GIB,
     GROUPS,
-    MIB,
     EngineConfig,
     ServerOptions,
     load_options,
@@ -24,8 +21,6 @@ from headrace.config import (
 from headrace.errors import ConfigError, EngineError, HeadraceError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from headrace.serve import Service
 
 MODEL_HELP = (
@@ -210,12 +205,12 @@ def _serve(args: argparse.Namespace) -> int:
 
     import uvloop
 
-    from headrace import serve
+    from headrace import cli_reports, serve
     from headrace.observability.logging import configure_logging
 
     config, options, _ = _options(args)
     configure_logging(options.log_level, options.log_format)
-    console = _console()
+    console = cli_reports.stderr()
     if options.host not in ("127.0.0.1", "::1", "localhost") and not options.api_key:
         console.print(
             f"[yellow]Warning:[/] listening on {options.host} without --api-key: whoever reaches "
@@ -223,13 +218,13 @@ def _serve(args: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     with (
-        _loading_bar(console) as progress,
+        cli_reports.LoadingBar(console) as progress,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
 
         def on_ready(service: Service, url: str) -> None:
             progress.stop()
-            _print_ready(console, service, url)
+            cli_reports.print_ready(console, service, url)
 
         return runner.run(
             serve.run(config, options, on_ready=on_ready, on_progress=progress.update)
@@ -241,92 +236,6 @@ def _serve_ray(args: argparse.Namespace) -> int:
 
     config, options, _ = _options(args)
     return local_cluster.run(config, options, num_replicas=args.num_replicas)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
-
-
-class _loading_bar:
-    """Bytes and rate of the weights, on a terminal; silent elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TransferSpeedColumn,
-        )
-
-        self._progress = Progress(
-            TextColumn("Loading weights"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("load", total=None, visible=False)
-
-    def __enter__(self) -> _loading_bar:
-        self._progress.start()
-        return self
-
-    def update(self, bytes_read: int, bytes_total: int) -> None:
-        self._progress.update(self._task, completed=bytes_read, total=bytes_total, visible=True)
-
-    def stop(self) -> None:
-        self._progress.stop()
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
-
-
-def _print_ready(console: Console, service: Service, url: str) -> None:
-    info = service.client.info
-    assert info is not None, "ready means that the engine has described itself"
-    tokens = info.num_blocks * info.block_size
-    stems: dict[str, list[str]] = {}
-    for stem, name in sorted(info.kernels.items()):
-        stems.setdefault(name, []).append(stem)
-    kernels = "; ".join(f"{name} ({', '.join(found)})" for name, found in stems.items())
-    names = [service.model.name, *service.model.aliases]
-    rows = [
-        ("Model", f"{', '.join(names)} ({service.path.name})"),
-        ("Weights", f"{_size(info.weight_bytes)}, read in {info.load_seconds:.1f} s"),
-        ("Device", _device(info.device, info.threads, info.cpu_isa)),
-        ("Kernels", kernels),
-        (
-            "KV cache",
-            f"{_size(info.kv_cache_bytes)}: {tokens:,} tokens, or "
-            f"{tokens / info.max_model_len:.1f} requests of {info.max_model_len:,}",
-        ),
-        ("Output", service.text_formats()),
-        ("URL", f"{url}/v1"),
-    ]
-    console.print()
-    for name, value in rows:
-        console.print(f"  [bold]{name:<10}[/]{value}", markup=True, soft_wrap=True)
-    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-    console.print(
-        f"\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"    -d '{body}'\n",
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def _device(device: str, threads: int, cpu_isa: str) -> str:
-    isa = "" if cpu_isa == "none" else f", {cpu_isa} kernels"
-    return f"{device}, {threads} thread{'s' if threads > 1 else ''}{isa}"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 
 # --- the other commands -----------------------------------------------------------------------
@@ -344,11 +253,11 @@ def _chat(args: argparse.Namespace) -> int:
     if args.api_key:
         raise ConfigError("--api-key is for --url; the model started here needs none.")
 
-    from headrace import serve
+    from headrace import cli_reports, serve
 
     config, options, _ = _options(args)
     with (
-        _loading_bar(_console()) as progress,
+        cli_reports.LoadingBar(cli_reports.stderr()) as progress,
         serve.in_background(config, options, on_progress=progress.update) as (url, key),
     ):
         progress.stop()
@@ -378,116 +287,19 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
-    from headrace.engine.plan import make_plan
+    from headrace import cli_reports
 
     config, _, sources = _options(args)
-    plan = make_plan(_with_local_model(config))
-    resolved, model = plan.resolved, plan.model
-    table = Table("value", "", "where from", box=None, pad_edge=False)
-    scheme = model.quantization
-    stored = model.checkpoint_dtype if scheme is None else scheme.label
-    rows = [
-        ("model", str(plan.checkpoint.path), f"{model.architecture}, {stored}"),
-        ("parameters", f"{model.num_parameters:,}", "config"),
-        ("device", resolved.device, plan.hardware.name),
-    ]
-    for name in (
-        "dtype",
-        "kv_cache_dtype",
-        "threads",
-        "cpu_isa",
-        "block_size",
-        "max_model_len",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "num_blocks",
-    ):
-        why = resolved.why[name]
-        why = sources.get(name, why) if why == "given" else why
-        rows.append((name, str(getattr(resolved, name)), why))
-    kv_per_token = f"{resolved.kv_bytes_per_token:,} bytes a token"
-    if resolved.memory is not None:
-        rows += [(name, _size(size), why) for name, size, why in resolved.memory.lines()]
-    rows += [
-        ("weights", _size(resolved.weight_bytes), resolved.why["weight_bytes"]),
-        ("KV cache", _size(resolved.kv_cache_bytes), resolved.why["kv_cache_bytes"]),
-        ("KV capacity", f"{resolved.kv_capacity_tokens:,} tokens", kv_per_token),
-        (
-            "concurrency",
-            f"{resolved.full_context_concurrency:.1f}",
-            f"requests of {resolved.max_model_len:,} tokens at once",
-        ),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    _stdout().print(table)
+    cli_reports.print_plan(config, sources)
     return 0
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
-    from headrace.engine.build import explicit_kernels, kernel_facts
-    from headrace.engine.plan import dequantized_tensors, make_plan
-    from headrace_kernels import dispatch
+    from headrace import cli_reports
 
     config, _, _ = _options(args)
-    plan = make_plan(_with_local_model(config))
-    resolved = plan.resolved
-    device = _device(resolved.device, resolved.threads, resolved.cpu_isa)
-    _stdout().print(f"{plan.hardware.name}: {device}\n")
-    facts = kernel_facts(plan.resolved, plan.model)
-    table = Table("op", "kernel", "chosen", "reason", box=None, pad_edge=False)
-    try:
-        decisions = dispatch.explain(facts, explicit_kernels(plan.resolved.kernel))
-    except dispatch.KernelUnavailableError as error:
-        raise ConfigError(f"--kernel: {error}") from None
-    for decision in decisions:
-        chosen = "yes" if decision.chosen else ""
-        table.add_row(decision.stem, decision.candidate, chosen, decision.reason)
-    _stdout().print(table)
-    if dequantized := dequantized_tensors(plan):
-        table = Table("tensors", "stored as", "parameters", "dequantized because", box=None)
-        table.pad_edge = False
-        for row in dequantized:
-            names = (
-                row.names[0] if len(row.names) == 1 else f"{len(row.names)}: {row.names[0]}, ..."
-            )
-            table.add_row(names, row.stored, f"{row.parameters:,}", row.reason)
-        _stdout().print("", table)
-    if args.compile:
-        _compile(config)
+    cli_reports.print_kernels(config, compile=args.compile)
     return 0
-
-
-def _compile(config: EngineConfig) -> None:
-    """An engine compiles what its steps run before it is ready; the compiler's cache keeps it."""
-    from headrace.engine.build import build_engine
-
-    start = time.monotonic()
-    engine = build_engine(_with_local_model(config))
-    if engine.info.device == "cpu":
-        _stdout().print("\nThe kernels of a CPU are compiled when Headrace is installed.")
-    else:
-        _stdout().print(f"\nCompiled and loaded in {time.monotonic() - start:.1f} s.")
-
-
-def _with_local_model(config: EngineConfig) -> EngineConfig:
-    from dataclasses import replace
-
-    from headrace.loading.resolver import resolve_model
-
-    path = resolve_model(config.model, revision=config.model_options.revision)
-    return replace(config, model=str(path))
-
-
-def _stdout() -> Console:
-    from rich.console import Console
-
-    # Piped output has no width of its own to fit into.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 if __name__ == "__main__":
