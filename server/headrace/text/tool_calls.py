@@ -70,8 +70,14 @@ class ToolCallFormat:
     """After `begin` may stand a name, markers as of Mistral's tokenizer, and the arguments."""
     arguments_key: str = "arguments"
     """As the family's prompts call them. Readers take all of ARGUMENTS_KEYS."""
+    array: bool = False
+    """Behind the first `begin` stands an array of all calls."""
     short_ids: bool = False
     """Mistral's templates take ids of nine letters and digits only."""
+
+    @property
+    def is_python(self) -> bool:
+        return self.syntax == "pythonic"
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -121,7 +127,9 @@ FORMATS = {
             separator=";",
             arguments_key="parameters",
         ),
-        ToolCallFormat("mistral", begin=("[TOOL_CALLS]",), bare_names=True, short_ids=True),
+        ToolCallFormat(
+            "mistral", begin=("[TOOL_CALLS]",), bare_names=True, array=True, short_ids=True
+        ),
         ToolCallFormat(
             "pythonic",
             begin=("<|python_start|>",),
@@ -129,7 +137,12 @@ FORMATS = {
             syntax="pythonic",
             bare=True,
         ),
-        ToolCallFormat("granite", begin=("<|tool_call|>", _TAG), end=("<|/tool_call|>", _END_TAG)),
+        ToolCallFormat(
+            "granite",
+            begin=("<|tool_call|>", _TAG),
+            end=("<|/tool_call|>", _END_TAG),
+            array=True,
+        ),
         GENERIC,
     )
 }
