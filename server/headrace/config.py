@@ -115,10 +115,13 @@ class ServerOptions:
     max_queued_tokens: int = option(4_000_000, "Prompt tokens that may wait.")
     max_body_bytes: int = option(32 * MIB, "Larger request bodies are answered 413.", size=True)
     data_dir: str | None = option(
-        None, "Folder of files and batches; default: $XDG_DATA_HOME/headrace."
+        None, "Folder of files, batches and responses; default: $XDG_DATA_HOME/headrace."
     )
     data_limit: int = option(
         10 * GIB, "Uploads are refused when all that is kept would take more.", size=True
+    )
+    max_stored_responses: int = option(
+        10_000, "Of /v1/responses, so many of the newest are kept for 30 days; 0: none."
     )
     max_file_bytes: int = option(512 * MIB, "Larger uploads are answered 413.", size=True)
     batch_concurrency: int | None = option(

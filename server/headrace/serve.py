@@ -87,6 +87,7 @@ class Service:
                 max_body_bytes=options.max_body_bytes,
                 max_file_bytes=options.max_file_bytes,
                 data_limit=options.data_limit,
+                max_stored_responses=options.max_stored_responses,
                 batch_concurrency=options.batch_concurrency,
                 step_age_limit=options.step_timeout,
                 strict_fields=options.strict_fields,
@@ -153,7 +154,7 @@ class Service:
             await store.close()
             if self._data_dir:
                 raise
-            logger.warning("No files and batches: %s", error.message)
+            logger.warning("No files, batches and stored responses: %s", error.message)
             services.store_problem = error.message
         else:
             services.store = store
@@ -178,6 +179,7 @@ class Service:
         if self._batches is not None:
             await self._batches.close()
         await self.client.close()
+        await self.app.state.services.background.close()
         store = self.app.state.services.store
         if store is not None:
             await store.close()

@@ -11,12 +11,20 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from headrace.api.api_config import ApiConfig
 from headrace.api.app import create_app
-from headrace.api.field_policy import HARMLESS, HONOURED, REFUSED
+from headrace.api.field_policy import HARMLESS, HONOURED, REFUSED, Refused
 from headrace.api.model_table import ModelTable
 from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
+from headrace.api.responses_protocol import (
+    RESPONSES_HONOURED,
+    ResponsesRequest,
+    extensions,
+    harmless,
+    refused,
+)
 from headrace.observability.metrics import Metrics
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -24,6 +32,10 @@ KINDS: tuple[Any, ...] = (ChatCompletionRequest, CompletionRequest)
 OPENAI: tuple[set[str], ...] = tuple(
     set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
     for params in (chat_create_params, completion_create_params)
+)
+RESPONSES_FIELDS = sorted(
+    set(response_create_params.ResponseCreateParamsBase.__annotations__)
+    | {"stream", "strict_fields"}
 )
 
 
@@ -37,6 +49,8 @@ def tables() -> dict[str, str]:
         "extensions": table(
             ("field", "chat", "completions", "what"), fields(others, (others, others))
         ),
+        "responses": table(("field", "responses", "what"), responses_fields()),
+        "responses-extensions": ", ".join(f"`{name}`" for name in sorted(extensions())) + ".",
     }
 
 
@@ -58,6 +72,19 @@ def fields(names: set[str], of_endpoint: tuple[set[str], ...]) -> Iterator[tuple
         yield (f"`{name}`", *marks, " ".join(notes(name, marks)))
 
 
+def responses_fields() -> Iterator[tuple[str, ...]]:
+    policies = refused()
+    for name in RESPONSES_FIELDS:
+        if name in ResponsesRequest.model_fields:
+            yield f"`{name}`", "honoured", RESPONSES_HONOURED[name]
+    for name in RESPONSES_FIELDS:
+        if name in harmless():
+            yield f"`{name}`", "accepted", harmless()[name]
+    for name in RESPONSES_FIELDS:
+        if name in policies:
+            yield f"`{name}`", "refused", " ".join(policy_notes(policies[name]))
+
+
 def mark(name: str, kind: Any) -> str:
     if name in kind.model_fields:
         return "honoured"
@@ -72,12 +99,17 @@ def notes(name: str, marks: list[str]) -> Iterator[str]:
     if "accepted" in marks:
         yield HARMLESS[name]
     if "refused" in marks:
-        policy = REFUSED[name]
         where = "Chat: " if "honoured" in marks else ""
-        yield where + policy.remedy
-        if policy.neutral:
-            passing = ", ".join(f"`{json.dumps(value)}`" for value in policy.neutral)
-            yield f"Passes: {passing}."
+        remedy, *passing = policy_notes(REFUSED[name])
+        yield where + remedy
+        yield from passing
+
+
+def policy_notes(policy: Refused) -> Iterator[str]:
+    yield policy.remedy
+    if policy.neutral:
+        passing = ", ".join(f"`{json.dumps(value)}`" for value in policy.neutral)
+        yield f"Passes: {passing}."
 
 
 def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
@@ -107,6 +139,12 @@ def test_no_field_of_openai_s_is_unknown(index: int) -> None:
     marks = {name: mark(name, KINDS[index]) for name in OPENAI[index]}
     assert "unknown" not in marks.values(), marks
     assert {"honoured", "accepted"} <= set(marks.values())
+
+
+def test_every_field_of_responses_is_in_the_table() -> None:
+    rows = [row[0].strip("`") for row in responses_fields()]
+    assert sorted(rows) == RESPONSES_FIELDS
+    assert RESPONSES_HONOURED.keys() == ResponsesRequest.model_fields.keys() <= set(rows)
 
 
 def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ class ApiConfig:
     max_file_bytes: int = 512 * 2**20
     data_limit: int = 10 * 2**30
     """Bytes that all that is kept may take before uploads are refused."""
+    max_stored_responses: int = 10_000
+    """About so many of the newest ones are kept; 0: none."""
     batch_concurrency: int | None = None
     """Lines of batches that run at the same time, at most; None: half of the engine's rows."""
     max_unsent_bytes: int = 2**20

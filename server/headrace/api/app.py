@@ -18,6 +18,7 @@ from headrace.api import (
     models,
     openapi,
     playground,
+    responses,
     tokenize,
 )
 from headrace.api.api_config import ApiConfig
@@ -44,7 +45,8 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
 
     * `services.draining = True` on SIGTERM;
     * `services.ledger.close` is to be called with every engine's records;
-    * `services.store`: an open store, without which files and batches are refused;
+    * `services.store`: an open store; without it files and batches are refused, and no response
+      is kept;
     * `services.models` may be filled before or after: an entry without text is "loading".
     """
     services = Services(config=config, models=table, metrics=metrics, ledger=RequestLedger(metrics))
@@ -61,6 +63,7 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
         health.router,
         files.router,
         batches.router,
+        responses.router,
         admin.router,
         docs.router,
         playground.router,

@@ -15,7 +15,8 @@ import msgspec
 from headrace.api.store import Store, read_chunks
 from headrace.sampling_params import BACKGROUND_PRIORITY
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+RESPONSES = "/v1/responses"
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", RESPONSES)
 MAX_LINES = 50_000
 MAX_BLANK_LINES = 1_000_000
 MAX_CUSTOM_ID = 512
@@ -122,6 +123,12 @@ def parse_line(raw: bytes, endpoint: str) -> LineRequest:
     if bytes(line.body.get("stream", msgspec.Raw(b"null"))) not in (b"null", b"false"):
         message = "body.stream must be false: the answers of a batch come in a file."
         raise LineError("invalid_request", message, custom_id)
+    if line.url == RESPONSES:
+        if bytes(line.body.get("background", msgspec.Raw(b"null"))) not in (b"null", b"false"):
+            message = "body.background must be false: the answers of a batch come in a file."
+            raise LineError("invalid_request", message, custom_id)
+        # Unless asked for: a batch has more lines than there are responses that are kept.
+        line.body.setdefault("store", msgspec.Raw(b"false"))
     line.body["priority"] = msgspec.Raw(str(BACKGROUND_PRIORITY).encode())
     return LineRequest(custom_id, msgspec.json.encode(line.body))
 

@@ -38,10 +38,16 @@ class _Tokens(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
+    """By the names of completions, or by those of responses."""
+
     prompt_tokens: int = 0
+    input_tokens: int = 0
     completion_tokens: int = 0
+    output_tokens: int = 0
     prompt_tokens_details: _Tokens | None = None
+    input_tokens_details: _Tokens | None = None
     completion_tokens_details: _Tokens | None = None
+    output_tokens_details: _Tokens | None = None
 
 
 class _Body(msgspec.Struct):
@@ -322,12 +328,12 @@ def _add_usage(total: dict[str, Any], outputs: list[bytes]) -> None:
         usage = msgspec.json.decode(raw, type=_Output).response.body.usage
         if usage is None:
             continue
-        total["input_tokens"] += usage.prompt_tokens
-        total["output_tokens"] += usage.completion_tokens
-        total["total_tokens"] += usage.prompt_tokens + usage.completion_tokens
-        if usage.prompt_tokens_details is not None:
-            cached = usage.prompt_tokens_details.cached_tokens
-            total["input_tokens_details"]["cached_tokens"] += cached
-        if usage.completion_tokens_details is not None:
-            thought = usage.completion_tokens_details.reasoning_tokens
-            total["output_tokens_details"]["reasoning_tokens"] += thought
+        given = usage.prompt_tokens + usage.input_tokens
+        made = usage.completion_tokens + usage.output_tokens
+        total["input_tokens"] += given
+        total["output_tokens"] += made
+        total["total_tokens"] += given + made
+        if (details := usage.prompt_tokens_details or usage.input_tokens_details) is not None:
+            total["input_tokens_details"]["cached_tokens"] += details.cached_tokens
+        if (details := usage.completion_tokens_details or usage.output_tokens_details) is not None:
+            total["output_tokens_details"]["reasoning_tokens"] += details.reasoning_tokens

@@ -19,6 +19,7 @@ from headrace.api.error_response import json_response
 from headrace.api.files import DAY, FILE, check_expiry, find_file
 from headrace.api.generation import new_id
 from headrace.api.listing import list_answer, read_page
+from headrace.api.metadata import check_metadata
 from headrace.api.services import services_of
 from headrace.api.store import Record, Store
 from headrace.errors import InvalidRequestError, NotFoundError
@@ -30,7 +31,6 @@ OPEN, CLOSED = "open", "closed"
 """Tags of the records: whether there is still something to do."""
 OUTPUT, ERROR = "output", "error"
 """Tags of the parts: which file an answer goes to."""
-MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 _TIMES = (
     "in_progress_at",
     "finalizing_at",
@@ -70,15 +70,7 @@ class BatchRequest(BaseModel):
                 f"completion_window must be '24h', got {self.completion_window[:32]!r}.",
                 param="completion_window",
             )
-        metadata = self.metadata or {}
-        if len(metadata) > MAX_METADATA or any(
-            len(key) > MAX_KEY or len(value) > MAX_VALUE for key, value in metadata.items()
-        ):
-            raise InvalidRequestError(
-                f"metadata takes at most {MAX_METADATA} entries, with keys of at most {MAX_KEY} "
-                f"characters and values of at most {MAX_VALUE}.",
-                param="metadata",
-            )
+        check_metadata(self.metadata)
         if (kept := self.output_expires_after) is not None:
             check_expiry(kept.anchor, kept.seconds, param="output_expires_after")
 

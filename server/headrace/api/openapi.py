@@ -19,10 +19,13 @@ from headrace.api.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from headrace.api.responses_protocol import RESPONSES_HONOURED, ResponsesRequest, extensions
 
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/responses/input_tokens": ResponsesRequest,
     "/v1/batches": BatchRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
@@ -55,14 +58,21 @@ def describe(app: FastAPI) -> None:
 
 
 def _add_bodies(schema: dict[str, Any]) -> None:
-    kinds = [(kind, "validation") for kind in _BODIES.values()]
+    kinds = [(kind, "validation") for kind in dict.fromkeys(_BODIES.values())]
     _, definitions = models_json_schema(kinds, ref_template=_REF)  # type: ignore[arg-type]
     schemas = schema.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions["$defs"])
-    for body in (ChatCompletionRequest, CompletionRequest):
+    of_chat = schemas[ChatCompletionRequest.__name__]["properties"]
+    of_responses = schemas[ResponsesRequest.__name__]["properties"]
+    of_responses |= {name: dict(of_chat[name]) for name in extensions()}
+    for body, notes in (
+        (ChatCompletionRequest, HONOURED),
+        (CompletionRequest, HONOURED),
+        (ResponsesRequest, {**HONOURED, **RESPONSES_HONOURED}),
+    ):
         for name, field in schemas[body.__name__]["properties"].items():
-            if name in HONOURED:
-                field["description"] = HONOURED[name]
+            if name in notes:
+                field["description"] = notes[name]
     for path, kind in _BODIES.items():
         operation = schema["paths"][path]["post"]
         content = {"application/json": {"schema": {"$ref": _REF.format(model=kind.__name__)}}}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 
 from headrace.api.api_config import ApiConfig
+from headrace.api.background import BackgroundWork
 from headrace.api.ledger import MetricsSink, RequestLedger
 from headrace.api.model_table import ModelTable
 from headrace.api.store import Store
@@ -30,6 +31,8 @@ class Services:
     """Open while there is one; see `kept`."""
     store_problem: str = "This server was started without a data folder; give it --data-dir."
     """Why there is no store."""
+    background: BackgroundWork = field(default_factory=BackgroundWork)
+    """Responses that are made after their requests have been answered."""
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a batch was made or is to be cancelled: the runner looks at once."""
 

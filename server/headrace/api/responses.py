@@ -1,0 +1,244 @@
+"""/v1/responses: OpenAI's Responses API.
+
+https://platform.openai.com/docs/api-reference/responses
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from headrace.api.error_response import json_response
+from headrace.api.generation import new_id
+from headrace.api.listing import page_of
+from headrace.api.reply import server_timing
+from headrace.api.responses_answer import ResponseAnswer, ending_event
+from headrace.api.responses_background import BackgroundJob, kept_events
+from headrace.api.responses_items import Item
+from headrace.api.responses_output import event_bytes
+from headrace.api.responses_prompt import question_prompt, read_question, start_answer
+from headrace.api.responses_protocol import ResponsesRequest, check_included, receive
+from headrace.api.responses_store import (
+    RESPONSE,
+    KeptResponses,
+    cancelled,
+    find,
+    kept_responses,
+    store_for,
+)
+from headrace.api.services import Services, services_of
+from headrace.api.streaming import EventStream, Outbox, SlowClientError, unless_disconnected
+from headrace.errors import HeadraceError, InvalidRequestError
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter()
+
+
+@router.post("/v1/responses")
+async def create_response(request: Request) -> Response:
+    """Input items in, output items out: text, reasoning and function calls."""
+    services = services_of(request)
+    response_id = new_id("resp").replace("-", "_")
+    with services.counting_rejections():
+        services.check_admission()
+        body, ignored = await receive(request)
+        kept = _kept_for(body, services)
+        question = await read_question(request, body, response_id)
+        turn = await start_answer(
+            request, question, response_id, truncate=body.truncation == "auto"
+        )
+
+    def answer(emit: Any = None) -> ResponseAnswer:
+        return ResponseAnswer(
+            body, turn, question.ids, store=kept is not None, ignored_fields=ignored, emit=emit
+        )
+
+    sampling = msgspec.json.encode(turn.generation.sampling_in_effect()).decode()
+    headers = {"headrace-sampling": sampling}
+    if body.background:
+        assert kept is not None
+        return await _in_background(request, body, kept, question.items, answer, headers)
+    if body.stream:
+        return _streamed(request, kept, question.items, answer, headers)
+    made = answer()
+
+    async def work() -> dict[str, Any]:
+        await made.generation.run(made.add)
+        return await _keep(kept, made.end(), question.items)
+
+    ended = await unless_disconnected(request.receive, work())
+    if (timing := made.generation.usage.timing) is not None:
+        headers["server-timing"] = server_timing(timing)
+    response = json_response(ended)
+    response.headers.update(headers)
+    return response
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(request: Request) -> Response:
+    """How many tokens the model would see for the same body."""
+    body, ignored = await receive(request)
+    question = await read_question(request, body, new_id("resp").replace("-", "_"))
+    prompt = await question_prompt(request, question)
+    answer: dict[str, Any] = {
+        "object": "response.input_tokens",
+        "input_tokens": len(prompt.token_ids),
+    }
+    if ignored:
+        answer["headrace"] = {"ignored_fields": ignored}
+    return json_response(answer)
+
+
+@router.get("/v1/responses/{response_id}")
+async def get_response(request: Request) -> Response:
+    """As it is now; with stream=true the events of one made in the background, after
+    starting_after."""
+    services = services_of(request)
+    query = request.query_params
+    for name in (*query.getlist("include"), *query.getlist("include[]")):
+        check_included(name, param="include")
+    record = await find(request, services)
+    if query.get("stream", "false") != "true":
+        return json_response(record.value["response"])
+    if not record.value["streamed"]:
+        raise InvalidRequestError(
+            "Only responses made with background: true and stream: true can be streamed again; "
+            "leave stream out.",
+            param="stream",
+        )
+    after = query.get("starting_after", "-1")
+    if not (after.removeprefix("-").isascii() and after.removeprefix("-").isdigit()):
+        raise InvalidRequestError(
+            f"starting_after must be the number of an event, got {after[:32]!r}.",
+            param="starting_after",
+        )
+    kept = store_for(services, "stream")
+    return _event_stream(request, kept_events(kept, record.id, int(after[:10])), {})
+
+
+@router.delete("/v1/responses/{response_id}")
+async def delete_response(request: Request) -> Response:
+    """Forgets a response; one that is still made ends."""
+    services = services_of(request)
+    record = await find(request, services)
+    await services.kept().delete(RESPONSE, record.id)
+    services.background.cancel(record.id)
+    return json_response({"id": record.id, "object": "response", "deleted": True})
+
+
+@router.post("/v1/responses/{response_id}/cancel")
+async def cancel_response(request: Request) -> Response:
+    """Ends a response that is made in the background."""
+    services = services_of(request)
+    record = await find(request, services)
+    changed = await services.kept().update(RESPONSE, record.id, cancelled)
+    services.background.cancel(record.id)
+    return json_response((changed or record).value["response"])
+
+
+@router.get("/v1/responses/{response_id}/input_items")
+async def list_input_items(request: Request) -> Response:
+    """What the request held; not what it continued. `after`, `limit` and `order` turn pages."""
+    record = await find(request, services_of(request))
+    items = record.value["input"]
+    return json_response(page_of(request, items, "item", default=20, maximum=100))
+
+
+def _kept_for(body: ResponsesRequest, services: Services) -> KeptResponses | None:
+    """Where the response is to be kept. Raises for what needs that where it cannot be."""
+    if body.background:
+        if body.store is False:
+            raise InvalidRequestError(
+                "background needs store: true, for the answer is fetched later.", param="store"
+            )
+        return store_for(services, "background")
+    if body.store is None:
+        return kept_responses(services)
+    return store_for(services, "store") if body.store else None
+
+
+async def _keep(
+    kept: KeptResponses | None, response: dict[str, Any], items: list[Item]
+) -> dict[str, Any]:
+    """A store that fails must not lose an answer that is there."""
+    if kept is None:
+        return response
+    try:
+        await kept.put(response, items)
+    except Exception:
+        logger.exception("Response %s cannot be kept", response["id"])
+        return {**response, "store": False}
+    return response
+
+
+def _streamed(
+    request: Request,
+    kept: KeptResponses | None,
+    items: list[Item],
+    answer: Callable[[Any], ResponseAnswer],
+    headers: dict[str, str],
+) -> Response:
+    async def produce(outbox: Outbox) -> None:
+        number = 0
+
+        def emit(kind: str, **fields: Any) -> None:
+            nonlocal number
+            outbox.put(event_bytes(kind, number, fields))
+            number += 1
+
+        made = answer(emit)
+        made.begin()
+        try:
+            await made.generation.run(made.add)
+            ended = made.end()
+        except HeadraceError as error:
+            ended = made.failed(error)
+        except SlowClientError:
+            raise
+        except Exception as error:
+            logger.exception("Response %s: a bug", made.id)
+            ended = made.failed(error)
+        kind, fields = ending_event(await _keep(kept, ended, items))
+        emit(kind, **fields)
+
+    limit = services_of(request).config.max_unsent_bytes
+    return EventStream(produce, max_unsent=limit, headers=headers)
+
+
+async def _in_background(
+    request: Request,
+    body: ResponsesRequest,
+    kept: KeptResponses,
+    items: list[Item],
+    answer: Callable[[Any], ResponseAnswer],
+    headers: dict[str, str],
+) -> Response:
+    job = BackgroundJob(kept)
+    made = answer(job.emit if body.stream else None)
+    try:
+        await job.accept(made, items, streamed=bool(body.stream))
+    except BaseException:
+        made.generation.close()
+        raise
+    services_of(request).background.start(made.id, job.run())
+    if body.stream:
+        return _event_stream(request, job.events(), headers)
+    response = json_response(made.object)
+    response.headers.update(headers)
+    return response
+
+
+def _event_stream(
+    request: Request, events: AsyncIterator[bytes], headers: dict[str, str]
+) -> Response:
+    async def produce(outbox: Outbox) -> None:
+        async for event in events:
+            outbox.put(event)
+
+    limit = services_of(request).config.max_unsent_bytes
+    return EventStream(produce, max_unsent=limit, headers=headers)
