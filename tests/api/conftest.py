@@ -80,6 +80,8 @@ class FakeEngine:
     """Tokens after which the whole engine is lost."""
     burst: int = 1
     """Tokens per step, as when the reader is slow."""
+    last_first: bool = False
+    """Only the request that came last gets tokens, until it ends."""
     hold: bool = False
     """Take requests, do nothing."""
     refuse: HeadraceError | None = None
@@ -155,7 +157,7 @@ class FakeEngine:
             if self.hold:
                 await asyncio.sleep(0.01)
                 continue
-            for request_id in list(self._running):
+            for request_id in list(self._running)[-1 if self.last_first else 0 :]:
                 for _ in range(self.burst):
                     if request_id in self._running:
                         self._step(request_id)

@@ -121,6 +121,7 @@ class ChatReply(Reply):
 
     answer_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    begins_in_order = True
 
     def __init__(
         self, body: ChatCompletionRequest, reader: MessageReader | None = None, **frame: Any

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -28,6 +29,8 @@ class Reply(ABC):
 
     answer_object: ClassVar[str]
     chunk_object: ClassVar[str]
+    begins_in_order: ClassVar[bool] = False
+    """In a stream no choice begins before those of lower index: clients put them into a list."""
 
     def __init__(
         self,
@@ -137,9 +140,19 @@ class _Events:
             if delta.finish_reason is None and (around := self._around(choice, delta.kind)):
                 parts.append(_encode(delta.text).join(around))
                 continue
-            parts.append(self._event(choice, delta, first=choice.index not in self._begun))
+            first = choice.index not in self._begun
+            if first and self._reply.begins_in_order:
+                parts += self._begin_before(choice.index)
+            parts.append(self._event(choice, delta, first=first))
             self._begun.add(choice.index)
         return b"".join(parts)
+
+    def _begin_before(self, index: int) -> Iterator[bytes]:
+        """An event without text for each choice before this one that has none yet."""
+        for choice in self._generation.choices[:index]:
+            if choice.index not in self._begun:
+                yield self._event(choice, TextDelta(None, "", None, None), first=True)
+                self._begun.add(choice.index)
 
     def usage(self) -> bytes:
         chunk = self._reply.chunk([], self._generation)
