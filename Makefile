@@ -105,6 +105,24 @@ $(VENV)/.dev: $(VENV)/.ray
 	@$(PIP) -c constraints.txt 'headrace[dev]' $(BRIEFLY)
 	@touch $@
 
+# openai-node, where there is a node to run it; its tests say so where there is none.
+NODE_TESTS := tests/clients/node
+$(VENV)/.node: $(NODE_TESTS)/package-lock.json | $(VENV)/.created
+	@if ! command -v node >/dev/null || ! command -v npm >/dev/null; then \
+	    echo 'headrace: no node and npm: openai-node is not tested (apt install nodejs npm)' >&2; \
+	elif cd $(NODE_TESTS) && npm ci --no-audit --no-fund --no-update-notifier --loglevel=error >/dev/null; \
+	then touch '$(abspath $@)'; \
+	else echo 'headrace: npm ci failed: openai-node is not tested' >&2; fi
+
+# Clients that agree with our own pins, then those that want openai below 3: beside them.
+$(VENV)/.clients: $(VENV)/.dev tests/clients/openai2/requirements.txt
+	@echo 'headrace: the clients of others (about 150 MB)'
+	@$(PIP) -c constraints.txt 'headrace[clients]' $(BRIEFLY)
+	@$(BIN)/python -m venv $(VENV)/openai2
+	@$(VENV)/openai2/bin/python -m pip --disable-pip-version-check --no-input install --no-deps \
+	    -r tests/clients/openai2/requirements.txt $(BRIEFLY)
+	@touch $@
+
 # ---- serve -------------------------------------------------------------------------------------
 
 SERVE_ARGS = $(if $(MODEL),'$(MODEL)') $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -133,11 +151,11 @@ api-docs: $(VENV)/.dev
 	@PYTHONPATH=server:kernels $(BIN)/python tests/api/test_api_docs.py
 
 # The tests run whatever lint and types say; any failure fails the target.
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.node
 	@status=0; $(MAKE) lint || status=1; $(MAKE) types || status=1; \
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS) || status=1; exit $$status
 
-test-full: lint types
+test-full: lint types $(VENV)/.clients $(VENV)/.node
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --record=docs/verified.md
 
 clean:

@@ -94,6 +94,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="write a picture of the playground to FILE (docs/playground.png is one)",
     )
+    parser.addoption(
+        "--base-url",
+        metavar="URL",
+        help="send the clients of tests/clients to this server, not to one of their own",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
