@@ -95,6 +95,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write a picture of the playground to FILE (docs/playground.png is one)",
     )
     parser.addoption(
+        "--invariance-requests",
+        metavar="N",
+        type=int,
+        default=12,
+        help="requests that the interpreted Triton kernels are compared on; 200 take about an hour",
+    )
+    parser.addoption(
         "--base-url",
         metavar="URL",
         help="send the clients of tests/clients to this server, not to one of their own",

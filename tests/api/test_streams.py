@@ -43,10 +43,12 @@ async def test_a_whole_stream(server: Any) -> None:
 async def test_choices_begin_in_order(server: Any) -> None:
     """The official client's helper keeps them in a list, and fails where the second comes first."""
     server.site.engine.last_first = True
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
-        async with client.chat.completions.stream(model="tiny", messages=MESSAGES, n=3) as stream:
-            chunks = [event.chunk async for event in stream if event.type == "chunk"]
-            final = await stream.get_final_completion()
+    async with (
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as client,
+        client.chat.completions.stream(model="tiny", messages=MESSAGES, n=3) as stream,
+    ):
+        chunks = [event.chunk async for event in stream if event.type == "chunk"]
+        final = await stream.get_final_completion()
     begins = [c.choices[0].index for c in chunks if c.choices[0].delta.role == "assistant"]
     assert begins == [0, 1, 2]
     assert [choice.message.content for choice in final.choices] == ["Hello, world!"] * 3

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import openai
 import pytest
+from tests.api.conftest import MODEL as SCRIPTED_MODEL
+from tests.api.conftest import FakeEngine, RunningServer, make_site, serve
+from tests.e2e.conftest import LIGHT, PATIENCE, _kept_whole
 
 from headrace.api.batch_runner import BatchRunner
 from headrace.api.store_sqlite import SqliteStore
 from headrace.engine.live_requests import LiveStream
 from headrace.errors import OverloadedError
 from headrace.sampling_params import GenerateRequest
-from tests.api.conftest import MODEL as SCRIPTED_MODEL
-from tests.api.conftest import FakeEngine, RunningServer, make_site, serve
-from tests.e2e.conftest import LIGHT, PATIENCE, _kept_whole
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
