@@ -7,15 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
-import jsonschema
 import openai
 import pytest
-
-from headrace.api.protocol import Tool
-from headrace.api.tools import ToolUse, call_constraint, calls_schema
-from headrace.text.message_text import MessageText, whole_message
-from headrace.text.tool_calls import FORMATS
-from headrace.text.tool_calls_reader import ToolCallReader
 
 CHAT = "/v1/chat/completions"
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
@@ -281,9 +274,7 @@ async def test_no_tools_when_none_may_be_called(http: httpx.AsyncClient, site: A
 
 async def test_only_allowed_tools_are_called(http: httpx.AsyncClient, site: Any) -> None:
     site.engine.answer = f"{CALL}{OTHER}"
-    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]}
-    choice = {"type": "allowed_tools", "allowed_tools": allowed}
-    body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice}
+    body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": allowed("auto", "g")}
     [answer] = (await http.post(CHAT, json=body)).json()["choices"]
     assert answer["message"]["content"] == CALL
     assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["g"]
@@ -304,6 +295,12 @@ async def test_markers_that_are_special_tokens_are_read(site_with: Any, http_to:
 
 
 # --- what is refused ----------------------------------------------------------------------------
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
 
 NAMED = {"type": "function", "function": {"name": "f"}}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
@@ -340,9 +337,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
     ({"functions": [{"name": "f"}]}, "functions", "Use tools"),
     ({"function_call": {"name": "f"}}, "function_call", "Use tools"),
-    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", 'Use "auto"'),
-    ({"tools": TOOLS, "tool_choice": NAMED}, "tool_choice", 'Use "auto"'),
-    ({"tools": [tool("f", strict=True)]}, "tools", "Leave strict out"),
+    ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "must"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "give the id"),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {}}]}]},
@@ -392,66 +387,3 @@ async def test_broken_arguments_in_the_history_do_not_end_the_conversation(
     messages = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, HISTORY[2]]
     site.engine.max_model_len = 10_000
     assert (await http.post(CHAT, json={"messages": messages})).status_code == 200
-
-
-# --- what forced and strict calls will be constrained to -----------------------------------------
-
-NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/Node"}}}
-RECURSIVE = {
-    "type": "object",
-    "properties": {"node": {"$ref": "#/$defs/Node"}},
-    "required": ["node"],
-    "$defs": {"Node": NODE},
-}
-
-
-def forced(form: str, *tools: Any, required: bool = True, parallel: bool = True) -> ToolUse:
-    made = {one["function"]["name"]: Tool.model_validate(one) for one in tools}
-    return ToolUse(FORMATS[form], list(tools), made, None if parallel else 1, required)
-
-
-@pytest.mark.parametrize("form", sorted(FORMATS))
-@pytest.mark.parametrize("parallel", [False, True])
-def test_what_matches_the_constraint_is_read_as_calls(form: str, parallel: bool) -> None:
-    use = forced(form, tool("f"), tool("g"), parallel=parallel)
-    constraint = call_constraint(use)
-    assert constraint is not None and constraint.required
-    key = FORMATS[form].arguments_key
-    calls: Any = [{"name": "f", key: ARGUMENTS}, {"name": "g", key: {}}][: 2 if parallel else 1]
-    values = [calls] if form == "mistral" else calls
-    for value in values:
-        jsonschema.validate(value, constraint.schema)
-    one = [f"{constraint.begin}{json.dumps(value)}{constraint.end}" for value in values]
-    assert len(one) == 1 or constraint.repeats
-    read_as = "generic" if form == "pythonic" else form
-    reader = MessageText(calls=ToolCallReader(FORMATS[read_as], use.callable))
-    message = whole_message(reader.push(constraint.separator.join(one)) + reader.finish())
-    assert message.content == ""
-    assert [(c.name, json.loads(c.arguments)) for c in message.calls] == [
-        (call["name"], call[key]) for call in calls
-    ]
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        {"name": "g", "arguments": {"node": {}}},
-        {"name": "f", "arguments": {"node": {"next": {"next": 1}}}},
-        {"name": "f", "arguments": {}},
-        {"name": "f"},
-        {"name": "f", "arguments": {"node": {}}, "more": 1},
-    ],
-)
-def test_what_does_not_match_a_schema_is_excluded(call: Any) -> None:
-    tools = [tool("f", parameters=RECURSIVE), tool("h", parameters=RECURSIVE)]
-    schema = calls_schema([Tool.model_validate(one) for one in tools])
-    jsonschema.validate({"name": "h", "arguments": {"node": {"next": {"next": {}}}}}, schema)
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(call, schema)
-
-
-def test_strict_tools_constrain_what_follows_the_marker() -> None:
-    constraint = call_constraint(forced("hermes", tool("f", strict=True), required=False))
-    assert constraint is not None
-    assert (constraint.begin, constraint.required) == ("<tool_call>\n", False)
-    assert call_constraint(forced("hermes", tool("f"), required=False)) is None

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from headrace.api import logprobs
+from headrace.api.answer_grammar import answer_grammar
 from headrace.api.body import receive
 from headrace.api.chat_message import ChoiceMessage, MessageReader, message_reader, text_fields
 from headrace.api.generation import (
@@ -89,9 +90,11 @@ async def start_chat(request: Request, body: ChatCompletionRequest, response_id:
     text, info = prompt.model.loaded()
     check_lengths([prompt.token_ids], sampling.max_tokens, info, param="messages")
     context = RequestContext.of(request, body, response_id)
-    reader = message_reader(body, text, prompt.token_ids, prompt.tools)
+    content = output_grammar(body, sampling)
+    use = prompt.tools and prompt.tools.beside(format_is_asked_for=content is not None)
+    reader = message_reader(body, text, prompt.token_ids, use)
+    grammar = answer_grammar(content, reader, sampling, text.tokenizer)
     shown = text.tokenizer.special_ids_of(reader.markers) if reader else frozenset[int]()
-    grammar = output_grammar(body, sampling)
     generation = start(
         prompt.model, [prompt.token_ids], sampling, context, shown=shown, grammar=grammar
     )
@@ -207,5 +210,6 @@ class ChatReply(Reply):
         assert self._reader is not None
         message = self._messages.get(choice.index)
         if message is None:
-            message = self._messages[choice.index] = ChoiceMessage(self._reader.message_text())
+            message = ChoiceMessage(self._reader.message_text(), self._reader.call_reason)
+            self._messages[choice.index] = message
         return message

@@ -36,6 +36,12 @@ class MessageReader:
         return self.reasoning is not None
 
     @property
+    def call_reason(self) -> str:
+        """The finish_reason of an answer with calls: OpenAI has "stop" where the request named the
+        function."""
+        return "stop" if self.tools and self.tools.named else "tool_calls"
+
+    @property
     def markers(self) -> tuple[str, ...]:
         """Texts that must not be skipped where they are special tokens."""
         return (
@@ -70,10 +76,13 @@ def message_reader(
 
 
 class ChoiceMessage:
-    """The message of one choice, whole or piece by piece."""
+    """The message of one choice, whole or piece by piece.
 
-    def __init__(self, text: MessageText) -> None:
+    `call_reason`: the finish_reason when there are calls."""
+
+    def __init__(self, text: MessageText, call_reason: str = "tool_calls") -> None:
         self._text = text
+        self._call_reason = call_reason
         self._calls = 0
         self._broken = False
         self.thought = 0
@@ -102,7 +111,7 @@ class ChoiceMessage:
             ]
         finish_reason = deltas[-1].finish_reason
         called = message.calls and finish_reason == "stop"
-        return fields, "tool_calls" if called else finish_reason
+        return fields, self._call_reason if called else finish_reason
 
     def read(self, delta: TextDelta) -> TextDelta:
         """The same delta, with what its text adds to the message."""
@@ -117,7 +126,7 @@ class ChoiceMessage:
         self._broken |= any(isinstance(piece, CallBroken) for piece in pieces)
         calls = self._calls + sum(isinstance(piece, CallStart) for piece in pieces)
         if reason == "stop" and calls and not self._broken:
-            reason = "tool_calls"
+            reason = self._call_reason
         return delta._replace(text="", kind=None, pieces=pieces, finish_reason=reason)
 
     def fields(self, pieces: Sequence[MessagePiece]) -> dict[str, Any]:

@@ -106,9 +106,9 @@ HONOURED: dict[str, str] = {
     "top_logprobs": "0 to 20; needs logprobs.",
     "echo": "The prompt comes first; with logprobs its log-probabilities, too.",
     "best_of": "Only equal to n.",
-    "tools": "Functions, at most 512; strict is refused.",
-    "tool_choice": "none, auto, or allowed_tools with mode auto; what forces a call is refused.",
-    "parallel_tool_calls": "false: calls after the first one are dropped.",
+    "tools": "Functions, at most 512. Calls of strict ones always match their parameters.",
+    "tool_choice": "none, auto, required, a named function or allowed_tools; forced calls match.",
+    "parallel_tool_calls": "false: one call at most.",
     "response_format": "text, json_object or json_schema; strict or not, the output always fits.",
     # Extensions
     "structured_outputs": "One of json, regex, choice, grammar, json_object.",

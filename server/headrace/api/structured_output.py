@@ -91,17 +91,22 @@ def output_grammar(body: StructuredFields, sampling: SamplingParams) -> OutputGr
             "send one of them.",
             param=found[1].param,
         )
+    check_sampling(sampling, found[0].param)
+    return found[0]
+
+
+def check_sampling(sampling: SamplingParams, param: str) -> None:
+    """Raises InvalidRequestError for what cannot go with a grammar, which `param` asked for."""
     for name, value in (
         ("allowed_token_ids", sampling.allowed_token_ids),
         ("bad_words", sampling.bad_words),
     ):
         if value:
             raise InvalidRequestError(
-                f"{name} and {found[0].param} cannot be combined: together they may leave no "
+                f"{name} and {param} cannot be combined: together they may leave no "
                 "token. Leave one of them out.",
                 param=name,
             )
-    return found[0]
 
 
 def _asked_for(body: StructuredFields) -> Iterator[OutputGrammar]:

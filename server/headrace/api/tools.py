@@ -6,12 +6,13 @@ https://platform.openai.com/docs/guides/function-calling
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.api.protocol import ChatCompletionRequest, Tool
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
-from headrace.text.tool_calls import GENERIC, ToolCallFormat
+from headrace.text.tool_calls import ToolCallFormat
 
 MAX_TOOLS = 512
 
@@ -26,13 +27,26 @@ class ToolUse:
     callable: dict[str, Tool]
     """Those that may be called, by name."""
     max_calls: int | None
-    forced: bool
+    forced: bool = False
     """The answer must be a call."""
+    named: bool = False
+    """It must be a call of the one tool that may be called."""
 
     @property
-    def strict(self) -> str | None:
-        """The first tool whose arguments must match its schema."""
-        return next((name for name, tool in self.callable.items() if tool.function.strict), None)
+    def constrained(self) -> bool:
+        """Whether calls must match their schemas."""
+        return self.forced or any(tool.function.strict for tool in self.callable.values())
+
+    def beside(self, *, format_is_asked_for: bool) -> ToolUse:
+        """The same, to be read from an answer that has a format of its own if it is no call.
+
+        Only what the format's marker announces is a call there, for content may look like one. So
+        it is where calls are constrained and the marker is what the model was told to write.
+        """
+        marked = format_is_asked_for or (self.constrained and self.form.fences)
+        if self.forced or not marked or not self.form.bare:
+            return self
+        return dataclasses.replace(self, form=dataclasses.replace(self.form, bare=False))
 
 
 def tool_use(body: ChatCompletionRequest, form: ToolCallFormat | None) -> ToolUse | None:
@@ -51,15 +65,14 @@ def tool_use(body: ChatCompletionRequest, form: ToolCallFormat | None) -> ToolUs
             'tools out, or set tool_choice to "none".',
             param="tools",
         )
-    use = ToolUse(
+    return ToolUse(
         form=form,
         tools=template_tools(body.tools),
         callable=tools if names is None else {name: tools[name] for name in names},
-        max_calls=1 if body.parallel_tool_calls is False else None,
-        forced=mode == "required",
+        max_calls=1 if mode == "named" or body.parallel_tool_calls is False else None,
+        forced=mode in ("required", "named"),
+        named=mode == "named",
     )
-    _refuse_what_needs_constraints(use)
-    return use
 
 
 def template_tools(tools: list[Tool] | None) -> list[dict[str, Any]]:
@@ -72,105 +85,6 @@ def template_tools(tools: list[Tool] | None) -> list[dict[str, Any]]:
         }
         for function in functions
     ]
-
-
-def _refuse_what_needs_constraints(use: ToolUse) -> None:
-    """Until decoding is constrained by `call_constraint`."""
-    if use.forced:
-        raise UnsupportedParameterError(
-            "tool_choice cannot force a call yet: that needs constrained decoding. Use "
-            '"auto", and ask for the call in a message.',
-            param="tool_choice",
-        )
-    if use.strict is not None:
-        raise UnsupportedParameterError(
-            f"The tool {use.strict!r} is strict, which is not supported yet: that needs "
-            "constrained decoding. Leave strict out or set it to false.",
-            param="tools",
-        )
-
-
-# --- what an answer with forced or strict tools must look like ----------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class CallConstraint:
-    """Text that must be JSON of `schema` between `begin` and `end`.
-
-    `required`: the answer is nothing but that. Otherwise it is free until `begin` is written.
-    `repeats`: it may come several times, with `separator` in between.
-    """
-
-    begin: str
-    schema: dict[str, Any]
-    end: str
-    required: bool
-    repeats: bool
-    separator: str = ""
-
-
-def call_constraint(use: ToolUse) -> CallConstraint | None:
-    """What decoding must be constrained to; None if to nothing.
-
-    Formats that are not JSON are forced in the generic one, which `use.form` has to be then, too.
-    """
-    if not use.forced and use.strict is None:
-        return None
-    form = use.form if use.form.syntax == "json" else GENERIC
-    schema = calls_schema(list(use.callable.values()), form.arguments_key)
-    several = use.max_calls is None
-    if form.bare_names:  # an array holds all calls
-        definitions = schema.pop("$defs", {})
-        schema = {"type": "array", "items": schema, "minItems": 1, "$defs": definitions}
-        if not several:
-            schema["maxItems"] = 1
-        return CallConstraint(form.begin[0], schema, "", use.forced, repeats=False)
-    if not form.end:
-        begin = "" if use.forced else form.begin[0]
-        return CallConstraint(begin, schema, "", use.forced, several, f"{form.separator} ")
-    return CallConstraint(
-        f"{form.begin[0]}\n", schema, f"\n{form.end[0]}", use.forced, several, "\n"
-    )
-
-
-def calls_schema(tools: list[Tool], arguments_key: str = "arguments") -> dict[str, Any]:
-    """The JSON schema of one call of one of `tools`: name first, then arguments."""
-    definitions: dict[str, Any] = {}
-    calls = []
-    for tool in tools:
-        function = tool.function
-        parameters = dict(function.parameters or {"type": "object"})
-        for keyword in ("$defs", "definitions"):
-            for name, definition in (parameters.pop(keyword, None) or {}).items():
-                definitions[f"{function.name}.{name}"] = _with_refs(definition, function.name)
-        calls.append(
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function.name},
-                    arguments_key: _with_refs(parameters, function.name),
-                },
-                "required": ["name", arguments_key],
-                "additionalProperties": False,
-            }
-        )
-    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return {**schema, "$defs": definitions} if definitions else schema
-
-
-def _with_refs(schema: Any, tool: str) -> Any:
-    """References into the definitions of one tool, where those of all stand together."""
-    if isinstance(schema, list):
-        return [_with_refs(item, tool) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {key: _with_refs(value, tool) for key, value in schema.items()}
-    reference = moved.get("$ref")
-    if isinstance(reference, str):
-        for keyword in ("#/$defs/", "#/definitions/"):
-            if reference.startswith(keyword):
-                moved["$ref"] = f"#/$defs/{tool}.{reference.removeprefix(keyword)}"
-    return moved
 
 
 # --- checks -------------------------------------------------------------------------------------
@@ -219,7 +133,8 @@ def _is_strings(value: Any) -> bool:
 
 
 def _choice(choice: Any, tools: dict[str, Tool]) -> tuple[str, list[str] | None]:
-    """The mode, and the names of the tools that may be called where they are not all."""
+    """The mode (none, auto, required or named), and the names of the tools that may be called where
+    they are not all."""
     if choice is None:
         return "auto", None
     if isinstance(choice, str) and choice in ("none", "auto", "required"):
@@ -228,7 +143,7 @@ def _choice(choice: Any, tools: dict[str, Tool]) -> tuple[str, list[str] | None]
         return choice, None
     kind = choice.get("type") if isinstance(choice, dict) else None
     if kind == "function":
-        return "required", [_named(choice, tools, "tool_choice")]
+        return "named", [_named(choice, tools, "tool_choice")]
     allowed = choice.get("allowed_tools") if kind == "allowed_tools" else None
     if isinstance(allowed, dict) and isinstance(listed := allowed.get("tools"), list):
         where = "tool_choice.allowed_tools"
@@ -236,6 +151,8 @@ def _choice(choice: Any, tools: dict[str, Tool]) -> tuple[str, list[str] | None]
             raise InvalidRequestError(
                 f'{where}.mode must be "auto" or "required".', param=f"{where}.mode"
             )
+        if not listed:
+            raise InvalidRequestError(f"{where}.tools must name a tool.", param=f"{where}.tools")
         return mode, [
             _named(item, tools, f"{where}.tools[{index}]") for index, item in enumerate(listed)
         ]
