@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic.types.beta.message_create_params
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
+from headrace.api import messages_protocol
 from headrace.api.api_config import ApiConfig
 from headrace.api.app import create_app
 from headrace.api.field_policy import HARMLESS, HONOURED, REFUSED, Refused
@@ -51,6 +53,7 @@ def tables() -> dict[str, str]:
         ),
         "responses": table(("field", "responses", "what"), responses_fields()),
         "responses-extensions": ", ".join(f"`{name}`" for name in sorted(extensions())) + ".",
+        "messages": table(("field", "", "what"), messages_fields()),
     }
 
 
@@ -83,6 +86,16 @@ def responses_fields() -> Iterator[tuple[str, ...]]:
     for name in RESPONSES_FIELDS:
         if name in policies:
             yield f"`{name}`", "refused", " ".join(policy_notes(policies[name]))
+
+
+def messages_fields() -> Iterator[tuple[str, ...]]:
+    for name, note in sorted(messages_protocol.HONOURED.items()):
+        yield f"`{name}`", "honoured", note
+    for name, note in sorted(messages_protocol.HARMLESS.items()):
+        yield f"`{name}`", "accepted", note
+    inside = {f"tools[].{n}": policy for n, policy in messages_protocol.REFUSED_IN_TOOLS.items()}
+    for name, policy in sorted((messages_protocol.REFUSED | inside).items()):
+        yield f"`{name}`", "refused", " ".join(policy_notes(policy))
 
 
 def mark(name: str, kind: Any) -> str:
@@ -145,6 +158,25 @@ def test_every_field_of_responses_is_in_the_table() -> None:
     rows = [row[0].strip("`") for row in responses_fields()]
     assert sorted(rows) == RESPONSES_FIELDS
     assert RESPONSES_HONOURED.keys() == ResponsesRequest.model_fields.keys() <= set(rows)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        anthropic.types.message_create_params.MessageCreateParamsBase,
+        anthropic.types.beta.message_create_params.MessageCreateParamsBase,
+        anthropic.types.MessageCountTokensParams,
+    ],
+)
+def test_no_field_of_anthropic_s_is_unknown(params: Any) -> None:
+    tables = (messages_protocol.HONOURED, messages_protocol.HARMLESS, messages_protocol.REFUSED)
+    known = [name for names in tables for name in names]
+    assert len(known) == len(set(known))
+    headers = {"betas"}
+    assert set(params.__annotations__) - headers <= set(known)
+    assert (
+        messages_protocol.HONOURED.keys() == messages_protocol.MessagesRequest.model_fields.keys()
+    )
 
 
 def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from headrace.api import (
     docs,
     files,
     health,
+    messages,
     models,
     openapi,
     playground,
@@ -33,6 +34,7 @@ from headrace.errors import HeadraceError
 
 EXPOSED_HEADERS = (
     "x-request-id",
+    "request-id",
     "retry-after",
     "openai-processing-ms",
     "server-timing",
@@ -58,6 +60,7 @@ def create_app(table: ModelTable, config: ApiConfig, metrics: MetricsSink) -> Fa
     app.add_api_route("/v1/chat/completions", create_chat_completion, methods=["POST"])
     app.add_api_route("/v1/completions", create_completion, methods=["POST"])
     for router in (
+        messages.router,
         models.router,
         tokenize.router,
         health.router,

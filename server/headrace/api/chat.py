@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/chat
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +80,25 @@ async def chat_prompt(request: Request, body: ChatCompletionRequest) -> ChatProm
     return ChatPrompt(model, use, token_ids)
 
 
-async def start_chat(request: Request, body: ChatCompletionRequest, response_id: str) -> ChatTurn:
+async def start_chat(
+    request: Request,
+    body: ChatCompletionRequest,
+    response_id: str,
+    *,
+    limit_to_context: bool = False,
+) -> ChatTurn:
     """Render, tokenize and submit. What other APIs ask for in messages becomes such a body, too.
 
+    `limit_to_context`: a max_tokens beyond what the context holds is no error.
     Raises what is wrong with the body, or what EngineClient.submit raises; then nothing is left
     submitted. Call it within `Services.counting_rejections`.
     """
     sampling = body.sampling()
     prompt = await chat_prompt(request, body)
     text, info = prompt.model.loaded()
+    room = info.max_model_len - len(prompt.token_ids)
+    if limit_to_context and room < (sampling.max_tokens or 0):
+        sampling = dataclasses.replace(sampling, max_tokens=max(room, 1))
     check_lengths([prompt.token_ids], sampling.max_tokens, info, param="messages")
     context = RequestContext.of(request, body, response_id)
     content = output_grammar(body, sampling)

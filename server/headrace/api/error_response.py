@@ -1,4 +1,4 @@
-"""Errors as HTTP responses, in OpenAI's body."""
+"""Errors as HTTP responses, in OpenAI's body; on routes of Anthropic's API in theirs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgspec
 from fastapi import Request, Response
 from starlette.exceptions import HTTPException
 
+from headrace.api import messages_errors
 from headrace.errors import (
     HeadraceError,
     OverloadedError,
@@ -24,9 +25,15 @@ def json_response(content: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
-def error_response(error: HeadraceError, headers: Mapping[str, str] | None = None) -> Response:
-    """`Retry-After` (whole seconds, rounded up) goes with errors that pass."""
-    response = json_response(error_body(error), http_status(error))
+def error_response(
+    error: HeadraceError, headers: Mapping[str, str] | None = None, *, path: str = ""
+) -> Response:
+    """`path`: of the request. `Retry-After` (whole seconds, rounded up) goes with errors that
+    pass."""
+    if messages_errors.speaks_anthropic(path):
+        response = json_response(*messages_errors.messages_error(error))
+    else:
+        response = json_response(error_body(error), http_status(error))
     response.headers.update(headers or {})
     if isinstance(error, OverloadedError | UnavailableError):
         response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
@@ -35,7 +42,7 @@ def error_response(error: HeadraceError, headers: Mapping[str, str] | None = Non
 
 async def on_headrace_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HeadraceError)
-    return error_response(error)
+    return error_response(error, path=request.url.path)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -49,6 +56,10 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         answer = RequestError(f"{route} is not allowed; use {allowed}.", code="method_not_allowed")
     else:
         answer = RequestError(str(error.detail))
-    response = json_response(error_body(answer), error.status_code)
+    body = error_body(answer)
+    if messages_errors.speaks_anthropic(request.url.path):
+        kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
+        body = messages_errors.error_body(kind, answer.message)
+    response = json_response(body, error.status_code)
     response.headers.update(error.headers or {})
     return response

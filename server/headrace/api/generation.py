@@ -167,6 +167,11 @@ class Choice:
             min_tokens=sampling.min_tokens,
         )
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it."""
+        return self._text.stopped
+
     async def run(self, emit: Callable[[Choice, list[TextDelta]], None]) -> None:
         """Read to the end, handing over the deltas of each output. Raises EngineError and its
         siblings if there is no regular end."""

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.api import playground
 from headrace.api.error_response import error_response
 from headrace.api.inner_request import INSIDE
+from headrace.api.messages_errors import speaks_anthropic
 from headrace.api.services import Services
 from headrace.api.streaming import ClientGoneError, SlowClientError
 from headrace.errors import AuthenticationError, EngineError
@@ -47,7 +48,7 @@ class RequestMiddleware:
             if self._authorized(scope):
                 await self._app(scope, receive, exchange.send)
             else:
-                await _unauthorized()(scope, receive, exchange.send)
+                await _unauthorized(scope["path"])(scope, receive, exchange.send)
             status = exchange.status
         except ClientGoneError:
             logger.debug("The client has gone")
@@ -57,7 +58,7 @@ class RequestMiddleware:
             # Uncompleted, a response that has begun ends with a broken connection.
             logger.exception("A bug")
             if not exchange.status:
-                await _failed(exchange.request_id)(scope, receive, exchange.send)
+                await _failed(exchange.request_id, scope["path"])(scope, receive, exchange.send)
             status = exchange.status
         finally:
             seconds = time.perf_counter() - exchange.began
@@ -69,11 +70,13 @@ class RequestMiddleware:
     def _authorized(self, scope: Scope) -> bool:
         if not self._keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return True
-        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = token.strip().encode()
+        headers = Headers(scope=scope)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [headers.get("x-api-key", "")]  # Anthropic's
+        if scheme.lower() == "bearer":
+            given.append(token.strip())
         # Every key is compared, so that the time tells nothing.
-        matches = [hmac.compare_digest(given, key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return any([hmac.compare_digest(one.encode(), key) for one in given for key in self._keys])
 
 
 class _Exchange:
@@ -85,28 +88,32 @@ class _Exchange:
         self.began = time.perf_counter()
         self.status = 0
         self._send = send
+        self._tells_anthropic = speaks_anthropic(scope["path"])
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
+            if self._tells_anthropic:
+                headers["request-id"] = self.request_id
             elapsed = (time.perf_counter() - self.began) * 1000
             headers["openai-processing-ms"] = str(round(elapsed))
         await self._send(message)
 
 
-def _failed(request_id: str) -> ASGIApp:
+def _failed(request_id: str, path: str) -> ASGIApp:
     return error_response(
         EngineError(
             "The server failed on this request; its log has the reason under request id "
             f"{request_id}."
-        )
+        ),
+        path=path,
     )
 
 
-def _unauthorized() -> ASGIApp:
+def _unauthorized(path: str) -> ASGIApp:
     error = AuthenticationError(
         "This server needs an API key it knows; send it as 'Authorization: Bearer KEY'."
     )
-    return error_response(error, {"www-authenticate": "Bearer"})
+    return error_response(error, {"www-authenticate": "Bearer"}, path=path)

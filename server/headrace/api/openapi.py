@@ -12,6 +12,8 @@ from pydantic.json_schema import models_json_schema
 
 from headrace.api.batches import BatchRequest
 from headrace.api.field_policy import HONOURED
+from headrace.api.messages_protocol import HONOURED as HONOURED_IN_MESSAGES
+from headrace.api.messages_protocol import CountTokensRequest, MessagesRequest
 from headrace.api.protocol import (
     ApplyTemplateRequest,
     ChatCompletionRequest,
@@ -26,6 +28,8 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/responses/input_tokens": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/v1/batches": BatchRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
@@ -68,6 +72,8 @@ def _add_bodies(schema: dict[str, Any]) -> None:
     for body, notes in (
         (ChatCompletionRequest, HONOURED),
         (CompletionRequest, HONOURED),
+        (MessagesRequest, HONOURED_IN_MESSAGES),
+        (CountTokensRequest, HONOURED_IN_MESSAGES),
         (ResponsesRequest, {**HONOURED, **RESPONSES_HONOURED}),
     ):
         for name, field in schemas[body.__name__]["properties"].items():
