@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from headrace.engine.grammar_trial import LIMITS, GrammarTrial
 from headrace.sampling_params import GenerateRequest
 
 if TYPE_CHECKING:
@@ -24,12 +25,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPILE_THREADS = 2
+COMPILE_STACK_BYTES = 32 << 20
+"""Much more than a trial has."""
 MAX_MESSAGE = 1000
 """Characters of what llguidance says of a grammar that reach a client."""
 
 
 class GrammarError(Exception):
     """A grammar that cannot be used; the message is for the client."""
+
+
+class _TransientError(GrammarError):
+    """Another time it may work."""
 
 
 class Constraint:
@@ -86,7 +93,7 @@ class GrammarCompiler:
         vocab_size: int,
         eos_token_ids: Collection[int],
         *,
-        time_limit: float = 10.0,
+        time_limit: float = 30.0,
         cache_size: int = 128,
     ) -> None:
         """`vocab_size`: logits of a row. `time_limit`: seconds that a request waits at most."""
@@ -97,6 +104,7 @@ class GrammarCompiler:
         self._tokenizer_json = ""
         self._tokenizer: LLTokenizer | None = None
         self._tokenizer_lock = threading.Lock()
+        self._own = threading.local()  # each thread has a trial process
         self._threads: ThreadPoolExecutor | None = None
         self._cache: OrderedDict[bytes, Future[LLMatcher]] = OrderedDict()
         self._jobs: dict[str, _Job] = {}
@@ -110,13 +118,10 @@ class GrammarCompiler:
         return len(self._jobs)
 
     def start(self, source: GenerateRequest, handle: int) -> None:
-        key = hashlib.blake2b(source.grammar.encode()).digest()
+        key = _key(source.grammar)
         matcher = self._cache.get(key)
         if matcher is None:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(COMPILE_THREADS, "grammar")
-            matcher = self._threads.submit(self._compile, source.grammar)
-            self._cache[key] = matcher
+            matcher = self._cache[key] = self._submit(source.grammar)
             if len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -153,17 +158,36 @@ class GrammarCompiler:
             error = constraint.error
         except GrammarError as refused:
             error = str(refused)
+            if isinstance(refused, _TransientError):
+                self._cache.pop(_key(job.source.grammar), None)
         except Exception as bug:  # it may be the grammar's: others must not die of it
             logger.exception("A grammar could not be compiled")
             error = f"it could not be compiled: {type(bug).__name__}"
         return Compiled(job.source, job.handle, None if error else constraint, error)
 
+    def _submit(self, grammar: str) -> Future[LLMatcher]:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(COMPILE_THREADS, "grammar")
+        before = threading.stack_size(COMPILE_STACK_BYTES)
+        try:
+            return self._threads.submit(self._compile, grammar)
+        finally:
+            threading.stack_size(before)
+
     # --- in the threads ---------------------------------------------------------------------
 
     def _compile(self, grammar: str) -> LLMatcher:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(self._spelling(), grammar, log_level=0)
+        tokenizer = self._spelling()
+        if (trial := getattr(self._own, "trial", None)) is None:
+            trial = GrammarTrial(self._tokenizer_json, self._vocab_size, self._eos_token_ids)
+            self._own.trial = trial
+        verdict = trial.verdict(grammar)
+        if verdict.error:
+            error = _TransientError if not verdict.is_final else GrammarError
+            raise error(_message(verdict.error))
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise GrammarError(_message(matcher.get_error()))
         return matcher
@@ -188,6 +212,12 @@ class GrammarCompiler:
             return self._tokenizer
 
 
+def _key(grammar: str) -> bytes:
+    return hashlib.blake2b(grammar.encode()).digest()
+
+
 def _message(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
+    """llguidance's, without the state that it adds, and without lines that clients cannot read."""
+    lines = [line for line in text.partition("\n<")[0].splitlines() if len(line) <= 200]
+    message = "\n".join(lines).strip() or text[:200]
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
