@@ -399,6 +399,16 @@ async def test_what_claude_code_sends(client: anthropic.AsyncAnthropic, site: An
     assert "headrace" not in message.to_dict()
 
 
+async def test_structured_output(client: anthropic.AsyncAnthropic, site: Any) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    site.engine.answer = '{"city": "Paris"}'
+    message = await client.messages.create(
+        **BODY, output_config={"format": {"type": "json_schema", "schema": schema}}
+    )
+    assert message.to_dict()["content"] == [{"type": "text", "text": '{"city": "Paris"}'}]
+    assert "city" in site.engine.requests[0].grammar
+
+
 async def test_unknown_fields_are_named(http: httpx.AsyncClient) -> None:
     answer = await ask(http, tempreature=0)
     assert answer["headrace"] == {"ignored_fields": ["tempreature"]}

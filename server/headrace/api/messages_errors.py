@@ -39,6 +39,7 @@ _THEIR_NAMES = (
     (".function.parameters", ".input_schema"),
     (".function.name", ".name"),
     (".function.strict", ".strict"),
+    ("response_format.json_schema.schema", "output_config.format.schema"),
     ("response_format", "output_config.format"),
     ("thinking_token_budget", "thinking.budget_tokens"),
     ('"required"', '"any"'),

@@ -286,10 +286,5 @@ def _output_config(body: CountTokensRequest) -> dict[str, Any]:
     form = body.output_config.format if body.output_config else None
     if form is None:
         return {}
-    if "response_format" not in ChatCompletionRequest.model_fields:
-        raise UnsupportedParameterError(
-            "output_config.format is not supported yet; ask for the format in a message.",
-            param="output_config.format",
-        )
     schema = {"name": "output", "schema": form.schema_, "strict": True}
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
