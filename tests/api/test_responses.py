@@ -8,27 +8,21 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response
 from openai.types.responses.input_token_count_response import InputTokenCountResponse
-from pydantic import BaseModel, TypeAdapter
-
-RESPONSES = "/v1/responses"
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }} <tool_call>{}</tool_call><|im_end|>\n"
-    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    "{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.api.responses_checks import (
+    PARAMETERS,
+    RESPONSES,
+    TEMPLATE,
+    TOOLS,
+    events_of,
+    kinds,
+    prompt_of,
+    strictly,
 )
+
 CALL = '<tool_call>\n{"name": "f", "arguments": {"city": "Zürich {\\"}"}}\n</tool_call>'
 OTHER = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
-TOOLS: Any = [
-    {"type": "function", "name": name, "description": f"Does {name}", "parameters": PARAMETERS}
-    for name in ("f", "g")
-]
-EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
 @pytest.fixture
@@ -41,36 +35,6 @@ async def client(http: httpx.AsyncClient) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(
         base_url="http://test/v1", api_key="any", http_client=http, max_retries=0
     )
-
-
-def strictly(kind: type[BaseModel], raw: bytes | str) -> Any:
-    """Valid by OpenAI's own types, without any conversion."""
-    return kind.model_validate_json(raw, strict=True)
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    """The events of a stream, each checked against OpenAI's types, and numbered from 0 on."""
-    events = []
-    for block in text.removesuffix("\n\n").split("\n\n"):
-        name, data = block.split("\n")
-        event = EVENTS.validate_json(data.removeprefix("data: "), strict=True)
-        fields = json.loads(data.removeprefix("data: "))
-        assert type(event).model_fields["type"].annotation.__args__ == (fields["type"],)
-        assert name == f"event: {fields['type']}"
-        events.append(fields)
-    numbers = [event["sequence_number"] for event in events]
-    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    return events
-
-
-def kinds(events: list[dict[str, Any]]) -> list[str]:
-    """Their types in order, deltas of one kind in a row as one."""
-    found: list[str] = []
-    for event in events:
-        kind = event["type"].removeprefix("response.")
-        if not (found and found[-1] == kind and kind.endswith(".delta")):
-            found.append(kind)
-    return found
 
 
 async def answer(http: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -179,10 +143,7 @@ async def test_the_official_client(client: openai.AsyncOpenAI, site: Any) -> Non
         final = await stream.get_final_response()
     assert seen[0] == "response.created" and seen[-1] == "response.completed"
     assert final.output_text == "Hello, world!"
-    prompt = site.engine.tokenizer.decode(
-        site.engine.requests[0].prompt_token_ids, skip_special_tokens=False
-    )
-    assert prompt == (
+    assert prompt_of(site, 0) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
