@@ -31,7 +31,11 @@ STACK_BYTES = 2 << 20
 WALK_TOKENS = 24
 MASK_SECONDS = 0.25
 """For one token: a step waits for it."""
-LIMITS = {"initial_lexer_fuel": 300_000, "step_lexer_fuel": 100_000, "verbose_errors": False}
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 300_000,
+    "step_lexer_fuel": 100_000,
+    "verbose_errors": False,
+}
 """Of llguidance, here and in the engine: a step must not take long, even if it fails."""
 
 
