@@ -53,6 +53,15 @@ class Constraint:
         if not self.error and not self.matcher.consume_tokens(list(token_ids)):
             self.note_error()
 
+    def force(self, limit: int) -> list[int]:
+        """Go on behind the tokens, `limit` at most, that must come next; returns them."""
+        if self.error or limit <= 0:
+            return []
+        forced = self.matcher.compute_ff_tokens()[:limit]
+        if forced:
+            self.accept(forced)
+        return [] if self.error else forced
+
     def note_error(self) -> None:
         """Take over the matcher's error, if it has one."""
         if not self.error and self.matcher.is_error():

@@ -51,6 +51,8 @@ class Request:
     banned: BannedSequences | None = None
     constraint: Constraint | None = None
     """Its place in its grammar, after the tokens that are known."""
+    undelivered: list[int] = field(default_factory=list)
+    """Output tokens that its grammar forced before the first step."""
     row: int = -1
     """Its row in RunningRequests, or -1 while waiting."""
     num_cached_tokens: int = 0
@@ -74,7 +76,7 @@ class Request:
         eos_token_ids: frozenset[int],
         constraint: Constraint | None,
     ) -> Request:
-        """Of lengths that the client has checked."""
+        """Of lengths that the client has checked. `constraint` is behind the tokens it resumes."""
         sampling = source.sampling
         num_prompt_tokens = len(source.prompt_token_ids)
         room = max_model_len - num_prompt_tokens
@@ -82,11 +84,16 @@ class Request:
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         eos = frozenset() if sampling.ignore_eos else eos_token_ids
         allowed = sampling.allowed_token_ids
+        known = source.prompt_token_ids + source.resume_token_ids
+        forced: list[int] = []
+        if constraint is not None and sampling.logprobs is None:
+            # One token at least is sampled, with which all of them are delivered.
+            forced = constraint.force(num_prompt_tokens + max_tokens - len(known) - 1)
         return cls(
             source=source,
             handle=handle,
             arrival_number=arrival_number,
-            token_ids=np.array(source.prompt_token_ids + source.resume_token_ids, np.int32),
+            token_ids=np.array(known + forced, np.int32),
             num_prompt_tokens=num_prompt_tokens,
             max_total_tokens=num_prompt_tokens + max_tokens,
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
@@ -94,6 +101,7 @@ class Request:
             allowed_token_ids=None if allowed is None else np.array(allowed, np.int64),
             banned=BannedSequences(source.banned_sequences) if source.banned_sequences else None,
             constraint=constraint,
+            undelivered=forced,
         )
 
     @property

@@ -282,10 +282,15 @@ class Scheduler:
         running.token_ids[rows, ends] = tokens
         running.num_known_tokens[rows] = ends + ~failed
         stopped, full = self._ending(rows, tokens)
+        several: dict[int, list[int]] = {}
         if running.constrained:
-            follow_grammars(running, rows, tokens, stopped, failed)
+            several = follow_grammars(
+                running, rows, tokens, stopped=stopped, full=full, failed=failed
+            )
         rare = failed | stopped | full | (running.num_logprobs[rows] >= 0)
         rare |= ends == running.num_prompt_tokens[rows]  # first tokens carry times
+        if several:
+            rare |= np.isin(rows, list(several))
         plain = ~rare
         outputs = StepOutputs(
             handles=running.handles[rows[plain]].tolist(),
@@ -294,7 +299,8 @@ class Scheduler:
         )
         self._finished = []
         for index in np.flatnonzero(rare).tolist():
-            row, token = int(rows[index]), int(tokens[index])
+            row = int(rows[index])
+            new = several.get(row) or [int(tokens[index])]
             reason = (
                 FinishReason.ERROR
                 if failed[index]
@@ -304,7 +310,7 @@ class Scheduler:
                 if full[index]
                 else None
             )
-            outputs.details.append(self._detail(row, token, reason, result))
+            outputs.details.append(self._detail(row, new, reason, result))
         return outputs
 
     def _commit_full_blocks(self, batch: ScheduledBatch, ends: IntArray) -> None:
@@ -341,7 +347,7 @@ class Scheduler:
         return stopped, running.num_known_tokens[rows] >= running.max_total_tokens[rows]
 
     def _detail(
-        self, row: int, token: int, reason: FinishReason | None, result: StepResult
+        self, row: int, tokens: list[int], reason: FinishReason | None, result: StepResult
     ) -> RequestOutput:
         request = self.running.request(row)
         cached_tokens = None
@@ -361,21 +367,21 @@ class Scheduler:
             error = _NO_TOKEN
             if request.constraint is not None and request.constraint.error:
                 reason, error = FinishReason.REFUSED, request.constraint.error
-        is_stop_token = reason is FinishReason.STOP and token in request.stop_token_ids
+        is_stop_token = reason is FinishReason.STOP and tokens[-1] in request.stop_token_ids
         record = None
         if reason is not None:
             self._release(request)
             record = request.record(reason, len(request.token_ids))
         return RequestOutput(
             request_id=request.request_id,
-            token_ids=[] if failed else [token],
+            token_ids=[] if failed else tokens,
             logprobs=None if logprobs is None or failed else [logprobs],
             prompt_logprobs=prompt_logprobs,
             cached_tokens=cached_tokens,
             scheduled_time=scheduled_time,
             first_token_time=first_token_time,
             finish_reason=reason,
-            stop_token_id=token if is_stop_token else None,
+            stop_token_id=tokens[-1] if is_stop_token else None,
             error=error,
             record=record,
         )
