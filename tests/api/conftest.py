@@ -76,6 +76,7 @@ class FakeEngine:
     step_seconds: float = 0.0
     fail_after: int | None = None
     """Tokens after which a request ends with an error."""
+    fail_reason: FinishReason = FinishReason.ERROR
     lose_after: int | None = None
     """Tokens after which the whole engine is lost."""
     burst: int = 1
@@ -171,7 +172,7 @@ class FakeEngine:
             self.live.fail_all(UnavailableError("The engine is gone."))
             return
         if self.fail_after is not None and made >= self.fail_after:
-            self._end(stream, [], FinishReason.ERROR, error="The engine failed on this request.")
+            self._end(stream, [], self.fail_reason, error="The engine failed on this request.")
             return
         token = script[made] if made < len(script) else script[made % (len(script) - 1)]
         if sampling.ignore_eos and token == self.eos:

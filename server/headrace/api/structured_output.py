@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
+from headrace.api.one_of import without_one_of
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
 from headrace.sampling_params import SamplingParams
 
@@ -22,7 +23,18 @@ ANY_OBJECT = {"type": "object"}
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
-Schema = dict[str, Any] | bool | Text
+
+
+def _check_schema(value: Any) -> Any:
+    if isinstance(value, str | bool | dict):
+        return value
+    raise ValueError("must be a JSON schema: an object, true or false, or the text of one")
+
+
+SchemaOrText = Annotated[
+    dict[str, Any] | bool | str,
+    PlainValidator(_check_schema, json_schema_input_type=dict[str, Any] | bool | str),
+]
 
 
 class OutputGrammar(NamedTuple):
@@ -36,7 +48,7 @@ class JsonSchemaFormat(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     name: str | None = None
-    schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    schema_: Annotated[SchemaOrText | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -52,7 +64,7 @@ class ResponseFormat(BaseModel):
 class StructuredOutputs(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    json_: Annotated[Schema | None, Field(alias="json")] = None
+    json_: Annotated[SchemaOrText | None, Field(alias="json")] = None
     regex: Text | None = None
     choice: Choices | None = None
     grammar: Text | None = None
@@ -65,11 +77,11 @@ class StructuredFields(BaseModel):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = None
+    guided_json: SchemaOrText | None = None
     guided_regex: Text | None = None
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
-    json_schema: Schema | None = None
+    json_schema: SchemaOrText | None = None
     regex: Text | None = None
     ebnf: Text | None = None
     grammar: Text | None = None
@@ -179,27 +191,22 @@ def json_grammar(schema: dict[str, Any] | bool | str, param: str) -> OutputGramm
             ) from None
     if not isinstance(schema, dict | bool):
         raise InvalidRequestError(f"{param} must be a JSON schema: an object.", param=param)
-    text = json.dumps(json_schema(schema), ensure_ascii=False)
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    text = json.dumps({**without_one_of(schema), "x-guidance": ON_ONE_LINE}, ensure_ascii=False)
     return OutputGrammar(f"start: %json {_short(text, param)}", param)
 
 
-def json_schema(schema: dict[str, Any] | bool) -> dict[str, Any]:
-    """As it stands behind %json in a grammar: with our rule for white space."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
-
-
-WHITESPACE = r"( |\n *)?"
-"""Between the parts of JSON: a space, or a line's end and indentation. Small models that may write
-any white space go on with it for ever."""
+ON_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""llguidance's options: JSON is written as json.dumps writes it. Small models that may put white
+space anywhere go on with it for ever, and what may not vary need not be sampled."""
 
 
 def regex_grammar(pattern: str, param: str) -> OutputGrammar:
     """Text that the whole of a regular expression (Rust's syntax) matches; \\d is ASCII's."""
     from llguidance import regex_to_lark
 
-    return OutputGrammar(f"start: /{regex_to_lark(_short(pattern, param))}/", param)
+    return OutputGrammar(f"start: /{regex_to_lark(_short(pattern, param), use_ascii="d")}/", param)
 
 
 def choice_grammar(choices: list[str], param: str) -> OutputGrammar:
