@@ -140,8 +140,15 @@ def choose(history: list[int], num_prompt_tokens: int, columns: SamplingBatch, i
     for biased, at in zip(ids, values, strict=True):
         if len(history) == num_prompt_tokens + at:
             token = {BROKEN: NO_TOKEN, EOS: EOS}[int(biased)]
-    while token in columns.banned.get(index, ()):
-        token = (token + 1) % EOS
+    allowed = np.ones(VOCAB_SIZE, np.uint8)
+    if (mask := columns.masks.get(index)) is not None:
+        allowed = np.unpackbits(mask.view(np.uint8), count=VOCAB_SIZE, bitorder="little")
+        if not allowed.any():
+            return NO_TOKEN
+        assert index not in columns.banned, "end tokens are taken out of the mask"
+    wraps = EOS if mask is None else VOCAB_SIZE
+    while token != NO_TOKEN and (token in columns.banned.get(index, ()) or not allowed[token]):
+        token = (token + 1) % wraps
     return token
 
 
@@ -170,6 +177,7 @@ class Harness:
         deadline: float | None = None,
         resume: Sequence[int] = (),
         banned: Sequence[list[int]] = (),
+        grammar: str = "",
         broken_at: int | None = None,
         eos_at: int | None = None,
         **fields: object,
@@ -190,6 +198,7 @@ class Harness:
                 deadline=deadline,
                 resume_token_ids=list(resume),
                 banned_sequences=list(banned),
+                grammar=grammar,
             ),
             handle,
         )

@@ -206,7 +206,7 @@ def regex_grammar(pattern: str, param: str) -> OutputGrammar:
     """Text that the whole of a regular expression (Rust's syntax) matches; \\d is ASCII's."""
     from llguidance import regex_to_lark
 
-    return OutputGrammar(f"start: /{regex_to_lark(_short(pattern, param), use_ascii="d")}/", param)
+    return OutputGrammar(f"start: /{regex_to_lark(_short(pattern, param), use_ascii='d')}/", param)
 
 
 def choice_grammar(choices: list[str], param: str) -> OutputGrammar:
