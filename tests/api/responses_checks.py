@@ -33,7 +33,8 @@ def strictly(kind: type[BaseModel], raw: bytes | str) -> Any:
 def events_of(text: str) -> list[dict[str, Any]]:
     """The events of a stream, each checked against OpenAI's types, and numbered one by one."""
     events = []
-    for block in text.removesuffix("\n\n").split("\n\n"):
+    blocks = text.removesuffix("\n\n").split("\n\n")
+    for block in (block for block in blocks if not block.startswith(":")):
         name, data = block.split("\n")
         event = _EVENTS.validate_json(data.removeprefix("data: "), strict=True)
         fields = json.loads(data.removeprefix("data: "))

@@ -118,7 +118,9 @@ async def get_response(request: Request) -> Response:
             param="starting_after",
         )
     kept = store_for(services, "stream")
-    return _event_stream(request, kept_events(kept, record.id, int(after[:10])), {})
+    events = kept_events(kept, record.id, int(after[:10]))
+    # A comment, for the next event may be far, or there may be none.
+    return _event_stream(request, events, {}, opening=b": goes on\n\n")
 
 
 @router.delete("/v1/responses/{response_id}")
@@ -234,9 +236,15 @@ async def _in_background(
 
 
 def _event_stream(
-    request: Request, events: AsyncIterator[bytes], headers: dict[str, str]
+    request: Request,
+    events: AsyncIterator[bytes],
+    headers: dict[str, str],
+    *,
+    opening: bytes = b"",
 ) -> Response:
     async def produce(outbox: Outbox) -> None:
+        if opening:
+            outbox.put(opening)
         async for event in events:
             outbox.put(event)
 
