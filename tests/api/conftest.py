@@ -86,6 +86,8 @@ class FakeEngine:
     hold: bool = False
     """Take requests, do nothing."""
     refuse: HeadraceError | None = None
+    refuse_grammars: str | None = None
+    """Why requests with one end before their first token."""
     max_model_len: int = 512
     state: EngineState = EngineState.READY
     restarts: int = 0
@@ -170,6 +172,9 @@ class FakeEngine:
         if self.lose_after is not None and made >= self.lose_after:
             self._running.clear()
             self.live.fail_all(UnavailableError("The engine is gone."))
+            return
+        if self.refuse_grammars is not None and stream.request.grammar:
+            self._end(stream, [], FinishReason.REFUSED, error=self.refuse_grammars)
             return
         if self.fail_after is not None and made >= self.fail_after:
             self._end(stream, [], self.fail_reason, error="The engine failed on this request.")

@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai.types.responses import Response
 from openai.types.responses.input_token_count_response import InputTokenCountResponse
+from pydantic import BaseModel
 from tests.api.responses_checks import (
     PARAMETERS,
     RESPONSES,
@@ -298,3 +299,49 @@ async def test_tokens_are_counted(site: Any, client: openai.AsyncOpenAI, http: A
     assert len(site.engine.requests) == 1
     raw = await http.post(f"{RESPONSES}/input_tokens", json={"input": "Hi"})
     strictly(InputTokenCountResponse, raw.content)
+
+
+# --- structured output --------------------------------------------------------------------------
+
+
+class Point(BaseModel):
+    x: int
+    y: int
+
+
+async def test_parse(site: Any, client: openai.AsyncOpenAI) -> None:
+    site.engine.answer = '{"x": 1, "y": 2}'
+    response = await client.responses.parse(model="tiny", input="Hi", text_format=Point)
+    assert response.output_parsed == Point(x=1, y=2)
+    async with client.responses.stream(model="tiny", input="Hi", text_format=Point) as stream:
+        await stream.until_done()
+        assert (await stream.get_final_response()).output_parsed == Point(x=1, y=2)
+    for request in site.engine.requests:
+        assert "%json" in request.grammar and "additionalProperties" in request.grammar
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_object"},
+        {"type": "json_schema", "name": "p", "strict": True, "schema": Point.model_json_schema()},
+    ],
+)
+async def test_formats(site: Any, http: httpx.AsyncClient, form: Any) -> None:
+    site.engine.answer = '{"x": 1, "y": 2}'
+    response = await answer(http, text={"format": form})
+    assert response["text"]["format"] == form
+    assert "%json" in site.engine.requests[0].grammar
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}])
+async def test_a_schema_that_the_engine_refuses(
+    site: Any, http: httpx.AsyncClient, fields: Any
+) -> None:
+    """Before the first event, by the name of its field."""
+    site.engine.refuse_grammars = "It is too large."
+    form = {"type": "json_schema", "name": "p", "schema": {"type": "object"}}
+    response = await http.post(RESPONSES, json={"input": "Hi", "text": {"format": form}, **fields})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "text.format.schema")
+    assert error["message"] == "text.format.schema cannot be honoured: It is too large."

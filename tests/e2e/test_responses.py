@@ -80,6 +80,33 @@ def test_in_the_background(server: Server, client: openai.OpenAI) -> None:
     server.wait_idle()
 
 
+class Country(BaseModel):
+    name: str
+    capital: str
+
+
+def test_forced_shapes(client: openai.OpenAI) -> None:
+    """Whatever a small model means, the result parses."""
+    model, question = "SmolLM2-135M-Instruct", "Name a country and its capital."
+    parsed = client.responses.parse(
+        model=model, input=question, text_format=Country, temperature=0, max_output_tokens=200
+    )
+    assert isinstance(parsed.output_parsed, Country)
+    tool = openai.pydantic_function_tool(Country, name="note")["function"]
+    called = client.responses.create(
+        model=model,
+        input=question,
+        tools=[{"type": "function", **tool}],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_output_tokens=200,
+    )
+    [call] = called.output
+    assert call.type == "function_call" and call.status == "completed"
+    Country.model_validate_json(call.arguments, strict=True)
+
+
 async def test_several_at_once(server: Server) -> None:
     async with server.async_client() as client:
         answers = await asyncio.gather(

@@ -45,6 +45,8 @@ class ChatTurn:
     """None where the text of a choice is its content, and nothing else."""
     context: RequestContext
     generation: Generation
+    constrained: bool
+    """By a grammar, which the engine may still refuse: as an error before the first delta."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ async def start_chat(
     generation = start(
         prompt.model, [prompt.token_ids], sampling, context, shown=shown, grammar=grammar
     )
-    return ChatTurn(body, prompt.model, text, reader, context, generation)
+    constrained = grammar is not None
+    return ChatTurn(body, prompt.model, text, reader, context, generation, constrained)
 
 
 async def create_chat_completion(request: Request) -> Response:

@@ -32,7 +32,7 @@ from headrace.api.responses_store import (
 )
 from headrace.api.services import Services, services_of
 from headrace.api.streaming import EventStream, Outbox, SlowClientError, unless_disconnected
-from headrace.errors import HeadraceError, InvalidRequestError
+from headrace.errors import HeadraceError, InvalidRequestError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,13 @@ async def create_response(request: Request) -> Response:
 
     def answer(emit: Any = None) -> ResponseAnswer:
         return ResponseAnswer(
-            body, turn, question.ids, store=kept is not None, ignored_fields=ignored, emit=emit
+            body,
+            turn,
+            question.ids,
+            store=kept is not None,
+            ignored_fields=ignored,
+            origins=question.origins,
+            emit=emit,
         )
 
     sampling = msgspec.json.encode(turn.generation.sampling_in_effect()).decode()
@@ -68,8 +74,7 @@ async def create_response(request: Request) -> Response:
     made = answer()
 
     async def work() -> dict[str, Any]:
-        await made.generation.run(made.add)
-        return await _keep(kept, made.end(), question.items)
+        return await _keep(kept, await made.run(), question.items)
 
     ended = await unless_disconnected(request.receive, work())
     if (timing := made.generation.usage.timing) is not None:
@@ -194,14 +199,12 @@ def _streamed(
             number += 1
 
         made = answer(emit)
-        made.begin()
         try:
-            await made.generation.run(made.add)
-            ended = made.end()
+            ended = await made.run()
+        except (RequestError, SlowClientError):
+            raise
         except HeadraceError as error:
             ended = made.failed(error)
-        except SlowClientError:
-            raise
         except Exception as error:
             logger.exception("Response %s: a bug", made.id)
             ended = made.failed(error)

@@ -15,8 +15,8 @@ from headrace.api.generation import Choice, TextDelta, Usage
 from headrace.api.reply import usage_object
 from headrace.api.responses_items import ItemIds
 from headrace.api.responses_output import Emit, ResponseOutput, no_events
-from headrace.api.responses_protocol import ResponsesRequest
-from headrace.errors import EngineError, HeadraceError, OverloadedError
+from headrace.api.responses_protocol import ResponsesRequest, own_terms
+from headrace.errors import EngineError, HeadraceError, OverloadedError, RequestError
 from headrace.text.message_text import MessagePiece, Reasoning
 from headrace.text.tool_calls import Content
 
@@ -24,8 +24,8 @@ ENDED = ("completed", "incomplete", "failed", "cancelled")
 
 
 class ResponseAnswer:
-    """Feed it the deltas of its only choice. `emit`: takes its events; without, nothing is told
-    before the end."""
+    """`run` it to its end. `emit`: takes its events; without, nothing is told before the end.
+    `origins`: the fields that errors name, as those of Question."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class ResponseAnswer:
         *,
         store: bool,
         ignored_fields: list[str],
+        origins: list[str],
         emit: Emit | None = None,
     ) -> None:
         self.generation = turn.generation
@@ -48,6 +49,8 @@ class ResponseAnswer:
         """Of tokens whose text has not come yet."""
         self._finish_reason: str | None = None
         self._queued = bool(body.background)
+        self._begun = False
+        self._origins = origins
         self._object = {
             **_of_request(body, turn),
             "id": self.id,
@@ -69,24 +72,42 @@ class ResponseAnswer:
         """As it is told before the end: without output."""
         return self._object
 
+    async def run(self) -> dict[str, Any]:
+        """The object at the regular end. Tells the end of the last item, but not its own: that is
+        `ending_event`, once the object is kept.
+
+        Raises what Generation.run raises, in terms of this endpoint. A grammar that the engine
+        refuses is told before any event.
+        """
+        if not self._turn.constrained:
+            self.begin()
+        try:
+            with own_terms(self._origins):
+                await self.generation.run(self._add)
+        except HeadraceError as error:
+            if not isinstance(error, RequestError):
+                self.begin()
+            raise
+        self.begin()
+        return self._end()
+
     def begin(self) -> None:
-        """Tell that the engine has it."""
+        """Tell that the engine has it, unless that is told."""
+        if self._begun:
+            return
+        self._begun = True
         self._emit("response.created", response=self._object)
         if self._queued:
             self._emit("response.queued", response=self._object)
         else:
             self._emit("response.in_progress", response=self._object)
 
-    def work(self) -> bool:
-        """Whether it waited in the background until now: then tell that it does no longer."""
-        if not self._queued:
-            return False
-        self._queued = False
-        self._object = {**self._object, "status": "in_progress"}
-        self._emit("response.in_progress", response=self._object)
-        return True
-
-    def add(self, choice: Choice, deltas: list[TextDelta]) -> None:
+    def _add(self, choice: Choice, deltas: list[TextDelta]) -> None:
+        self.begin()
+        if self._queued:
+            self._queued = False
+            self._object = {**self._object, "status": "in_progress"}
+            self._emit("response.in_progress", response=self._object)
         for delta in deltas:
             if self._message is not None:
                 delta = self._message.read(delta)
@@ -97,9 +118,7 @@ class ResponseAnswer:
             if delta.finish_reason is not None:
                 self._finish_reason = delta.finish_reason
 
-    def end(self) -> dict[str, Any]:
-        """The object at the regular end. Tells the end of the last item, but not its own: that is
-        `ending_event`, once the object is kept."""
+    def _end(self) -> dict[str, Any]:
         incomplete = self._finish_reason == "length"
         self._output.end(incomplete=incomplete)
         ended: dict[str, Any] = {
@@ -172,6 +191,8 @@ def failed_object(response: dict[str, Any], error: BaseException) -> dict[str, A
         else EngineError("The server failed while it worked on this response.").message
     )
     code = "rate_limit_exceeded" if isinstance(error, OverloadedError) else "server_error"
+    if isinstance(error, RequestError):
+        code = "invalid_prompt"
     output = [_cut_off(item) for item in response["output"]]
     failure = {"status": "failed", "error": {"code": code, "message": message}}
     return {**response, **failure, "output": output}

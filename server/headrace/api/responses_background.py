@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from headrace.api.generation import Choice, TextDelta
 from headrace.api.responses_answer import ENDED, ResponseAnswer, ending_event
 from headrace.api.responses_items import Item
 from headrace.api.responses_output import event_bytes
@@ -43,8 +42,8 @@ class BackgroundJob:
         self._flushed = 0
         self._ended = False
         self._news = asyncio.Event()
-        self._begun = False
-        """The record is to say that the response is in progress."""
+        self._told = ""
+        """The status that the record has."""
 
     def emit(self, kind: str, **fields: Any) -> None:
         self._events.append(event_bytes(kind, len(self._events), fields))
@@ -54,6 +53,7 @@ class BackgroundJob:
         """Make the record, and take its lease."""
         self._answer = answer
         answer.begin()
+        self._told = answer.object["status"]
         await self._kept.put(answer.object, items, streamed=streamed)
         await self._kept.store.lease(RESPONSE, answer.id, self._owner, LEASE_SECONDS)
 
@@ -80,17 +80,12 @@ class BackgroundJob:
 
     async def _work(self) -> dict[str, Any]:
         try:
-            await self._answer.generation.run(self._add)
-            return self._answer.end()
+            return await self._answer.run()
         except HeadraceError as error:
             return self._answer.failed(error)
         except Exception as error:
             logger.exception("Response %s: a bug", self._answer.id)
             return self._answer.failed(error)
-
-    def _add(self, choice: Choice, deltas: list[TextDelta]) -> None:
-        self._begun |= self._answer.work()
-        self._answer.add(choice, deltas)
 
     async def _settle(self, ended: dict[str, Any] | None) -> dict[str, Any] | None:
         """The object that is kept in the end: it may have been cancelled. None if it is gone."""
@@ -120,8 +115,8 @@ class BackgroundJob:
             while True:
                 await asyncio.sleep(TICK_SECONDS)
                 await self._flush()
-                if self._begun:
-                    self._begun = False
+                if (status := self._answer.object["status"]) != self._told:
+                    self._told = status
                     await self._change(self._answer.object)
                 if time.monotonic() - extended < LEASE_SECONDS / 3:
                     continue

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -11,10 +9,10 @@ from fastapi import Request
 from headrace.api.chat import ChatPrompt, ChatTurn, chat_prompt, start_chat
 from headrace.api.protocol import ChatCompletionRequest
 from headrace.api.responses_items import Item, ItemIds, input_items
-from headrace.api.responses_protocol import ResponsesRequest, in_own_terms
+from headrace.api.responses_protocol import ResponsesRequest, own_terms
 from headrace.api.responses_store import conversation_before, is_reference, store_for
 from headrace.api.services import services_of
-from headrace.errors import ContextLengthExceededError, RequestError
+from headrace.errors import ContextLengthExceededError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ async def read_question(request: Request, body: ResponsesRequest, response_id: s
     items = input_items(given, ids)
     conversation.add(items, "input" if isinstance(given, str) else "input[{}]")
     origins = conversation.origins
-    with _own_terms(origins):
+    with own_terms(origins):
         return Question(items, ids, body.chat(conversation.messages), origins)
 
 
@@ -51,7 +49,7 @@ async def start_answer(
     request: Request, question: Question, response_id: str, *, truncate: bool
 ) -> ChatTurn:
     """Have the engine answer. `truncate`: without the oldest turns, if all do not fit."""
-    with _own_terms(question.origins):
+    with own_terms(question.origins):
         try:
             return await start_chat(request, question.chat, response_id)
         except ContextLengthExceededError:
@@ -62,7 +60,7 @@ async def start_answer(
 
 
 async def question_prompt(request: Request, question: Question) -> ChatPrompt:
-    with _own_terms(question.origins):
+    with own_terms(question.origins):
         return await chat_prompt(request, question.chat)
 
 
@@ -99,11 +97,3 @@ def _since(chat: ChatCompletionRequest, cut: int) -> ChatCompletionRequest:
         if index >= cut or message.role in ("system", "developer")
     ]
     return chat.model_copy(update={"messages": stays})
-
-
-@contextmanager
-def _own_terms(origins: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except RequestError as error:
-        raise in_own_terms(error, origins) from error

@@ -6,7 +6,8 @@ https://platform.openai.com/docs/api-reference/responses/create
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -53,7 +54,7 @@ class TextConfig(_Part):
 
 
 class ReasoningConfig(_Part):
-    effort: str | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted; the reasoning itself is told, not a summary."""
 
@@ -332,6 +333,14 @@ def _chat_tool_choice(choice: Any) -> Any:
 def _chat_format(form: dict[str, Any] | None) -> dict[str, Any] | None:
     if form is None or form.get("type") != "json_schema":
         return form
+    for name, kind in (("name", str), ("schema", dict)):
+        if not isinstance(form.get(name), kind):
+            raise InvalidRequestError(
+                f"text.format.{name} is required; give it "
+                f"{'a string' if kind is str else 'a JSON schema'}.",
+                param=f"text.format.{name}",
+                code="missing_required_parameter",
+            )
     fields = ("name", "description", "schema", "strict")
     schema = {name: form[name] for name in fields if form.get(name) is not None}
     return {"type": "json_schema", "json_schema": schema}
@@ -349,26 +358,35 @@ _RENAMED = (
 )
 
 
-def in_own_terms(error: RequestError, origins: Sequence[str]) -> RequestError:
-    """The error of a chat request as one of this endpoint. `origins`: for each message the field
-    that it was made from."""
+@contextmanager
+def own_terms(origins: Sequence[str]) -> Iterator[None]:
+    """Around what raises errors in terms of chat. `origins`: for each message the field that it was
+    made from."""
+    try:
+        yield
+    except RequestError as error:
+        raise _in_own_terms(error, origins) from error
+
+
+def _in_own_terms(error: RequestError, origins: Sequence[str]) -> RequestError:
     theirs = error.param
     if theirs is None:
         return error
-    ours = _own_name(theirs, origins)
-    if ours == theirs:
-        return error
-    return type(error)(error.message.replace(theirs, ours, 1), param=ours, code=error.code)
-
-
-def _own_name(theirs: str, origins: Sequence[str]) -> str:
+    param, message = theirs, error.message
     if found := re.fullmatch(r"messages(?:\[(\d+)\](.*))?", theirs, re.DOTALL):
-        index, rest = found[1], found[2] or ""
-        if index is None or int(index) >= len(origins):
-            return "input"
-        origin = origins[int(index)]
-        return origin + rest if origin.startswith("input[") else origin
+        param = _origin(found, origins)
+        message = message.replace(theirs, param, 1)
     for pattern, ours in _RENAMED:
-        if found := re.match(rf"{pattern}(?![\w])", theirs):
-            return found.expand(ours) + theirs[found.end() :]
-    return theirs
+        if re.match(rf"{pattern}(?!\w)", theirs):
+            param = re.sub(pattern, ours, theirs, count=1)
+            message = re.sub(rf"(?<![\w.]){pattern}(?!\w)", ours, message, count=1)
+            break
+    return error if param == theirs else type(error)(message, param=param, code=error.code)
+
+
+def _origin(message: re.Match[str], origins: Sequence[str]) -> str:
+    index, rest = message[1], message[2] or ""
+    if index is None or int(index) >= len(origins):
+        return "input"
+    origin = origins[int(index)]
+    return origin + rest if origin.startswith("input[") else origin
