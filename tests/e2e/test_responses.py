@@ -7,10 +7,11 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import openai
 import pytest
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    import openai
     from tests.e2e.conftest import Server, StartServer
 
 pytestmark = pytest.mark.e2e
