@@ -38,6 +38,7 @@ OPS = {
     "sampling": ("sample_tokens", "token_logprobs"),
     "kv_copy": ("copy_blocks",),
     "step_inputs": ("put", "token_inputs", "sampling_inputs"),
+    "encoder": ("add_layer_norm", "mlp_activation", "bidirectional_attention"),
 }
 """The functions of each stem."""
 
@@ -171,8 +172,8 @@ def _candidates(stem: str) -> Iterator[Candidate]:
     yield Candidate(
         "reference",
         f"headrace_kernels.reference.{stem}",
-        # A copy has no order of sums.
-        invariant_on=("cpu", "cuda") if stem == "kv_copy" else ("cpu",),
+        # A copy has no order of sums; encoders compute each request by itself.
+        invariant_on=("cpu", "cuda") if stem in ("kv_copy", "encoder") else ("cpu",),
         declines=_needs_small_pages if stem == "attention" else _never,
     )
 

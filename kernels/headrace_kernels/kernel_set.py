@@ -5,6 +5,7 @@ The signatures here are the contract of every candidate; ops/<stem>.py says what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -177,6 +178,28 @@ class SamplingInputs(Protocol):
     ) -> None: ...
 
 
+class AddLayerNorm(Protocol):
+    def __call__(
+        self,
+        x: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        out: Tensor,
+    ) -> None: ...
+
+
+class MlpActivation(Protocol):
+    def __call__(self, x: Tensor, starts: Sequence[int], kind: str, out: Tensor) -> None: ...
+
+
+class BidirectionalAttention(Protocol):
+    def __call__(
+        self, qkv: Tensor, starts: Sequence[int], num_heads: int, scale: float, out: Tensor
+    ) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSet:
     """One implementation of every op. All write into their last arguments and return nothing."""
@@ -198,6 +221,9 @@ class KernelSet:
     put: Put
     token_inputs: TokenInputs
     sampling_inputs: SamplingInputs
+    add_layer_norm: AddLayerNorm
+    mlp_activation: MlpActivation
+    bidirectional_attention: BidirectionalAttention
     names: tuple[tuple[str, str], ...]
     """(stem, candidate) of what was chosen, for logs."""
     batch_invariant: bool

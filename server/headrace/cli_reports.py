@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from headrace.serve import Service
 
 
+# By a model's first task: a route, and what to ask there.
+EXAMPLES = {
+    "generate": ("/v1/chat/completions", '"messages": [{"role": "user", "content": "Hello!"}]'),
+    "embed": ("/v1/embeddings", '"input": "Hello!"'),
+    "classify": ("/v1/moderations", '"input": "Hello!"'),
+}
+
+
 def stderr() -> Console:
     """Where people read what is going on; results go to standard output."""
     return Console(stderr=True, highlight=False)
@@ -57,7 +65,12 @@ def print_ready(console: Console, service: Service, url: str) -> None:
     """What is served, on what, and how to ask it."""
     info = service.client.info
     assert info is not None, "ready means that the engine has described itself"
-    tokens = info.num_blocks * info.block_size
+    cache = "none"
+    if tokens := info.num_blocks * info.block_size:
+        cache = (
+            f"{_size(info.kv_cache_bytes)}: {tokens:,} tokens, or "
+            f"{tokens / info.max_model_len:.1f} requests of {info.max_model_len:,}"
+        )
     stems: dict[str, list[str]] = {}
     for stem, name in sorted(info.kernels.items()):
         stems.setdefault(name, []).append(stem)
@@ -68,21 +81,18 @@ def print_ready(console: Console, service: Service, url: str) -> None:
         ("Weights", f"{_size(info.weight_bytes)}, read in {info.load_seconds:.1f} s"),
         ("Device", _device(info.device, info.threads, info.cpu_isa)),
         ("Kernels", kernels),
-        (
-            "KV cache",
-            f"{_size(info.kv_cache_bytes)}: {tokens:,} tokens, or "
-            f"{tokens / info.max_model_len:.1f} requests of {info.max_model_len:,}",
-        ),
+        ("KV cache", cache),
+        ("Tasks", ", ".join(info.tasks)),
         ("Output", service.text_formats()),
         ("URL", f"{url}/v1"),
     ]
     console.print()
     for name, value in rows:
         console.print(f"  [bold]{name:<10}[/]{value}", markup=True, soft_wrap=True)
-    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    route, asked = EXAMPLES[info.tasks[0]]
+    body = f'{{"model": "{names[0]}", {asked}}}'
     console.print(
-        f"\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"    -d '{body}'\n",
+        f"\n  curl {url}{route} -H 'Content-Type: application/json' \\\n    -d '{body}'\n",
         markup=False,
         soft_wrap=True,
     )
@@ -134,13 +144,19 @@ def print_plan(config: EngineConfig, sources: Mapping[str, str]) -> None:
     rows += [
         ("weights", _size(resolved.weight_bytes), resolved.why["weight_bytes"]),
         ("KV cache", _size(resolved.kv_cache_bytes), resolved.why["kv_cache_bytes"]),
-        ("KV capacity", f"{resolved.kv_capacity_tokens:,} tokens", kv_per_token),
-        (
-            "concurrency",
-            f"{resolved.full_context_concurrency:.1f}",
-            f"requests of {resolved.max_model_len:,} tokens at once",
-        ),
     ]
+    if resolved.kv_bytes_per_token:
+        rows += [
+            ("KV capacity", f"{resolved.kv_capacity_tokens:,} tokens", kv_per_token),
+            (
+                "concurrency",
+                f"{resolved.full_context_concurrency:.1f}",
+                f"requests of {resolved.max_model_len:,} tokens at once",
+            ),
+        ]
+    pooling = plan.pooling
+    form = ", vectors made one long" if pooling.normalize else ""
+    rows.append(("pooling", f"{pooling.pooling}{form}", sources.get("pooling", pooling.source)))
     for row in rows:
         table.add_row(*row)
     _stdout().print(table)

@@ -48,6 +48,9 @@ class ModelOptions:
     max_model_len: int | None = option(
         None, "Tokens of prompt plus output a request may have; default: what the model allows."
     )
+    pooling: Literal["auto", "mean", "cls", "last"] = option(
+        "auto", "Which hidden states are an embedding; auto asks modules.json."
+    )
     chat_template: str | None = option(None, "A Jinja file that replaces the model's template.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from headrace.errors import InvalidRequestError
 
@@ -98,13 +99,34 @@ class SamplingParams:
         return dataclasses.replace(self, n=1, seed=seed)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingParams:
+    """What a request wants instead of tokens: one vector of its prompt."""
+
+    task: Literal["embed", "classify"] = "embed"
+    """embed: hidden states pooled; classify: the logits of a classifier's labels."""
+    pooling: Literal["mean", "cls", "last"] = "last"
+    """The mean over all tokens, the first one, or the last one."""
+    normalize: bool = True
+    """The vector is made one long."""
+    dimensions: int | None = None
+    """Only the first values are kept, before that."""
+    second_text: int | None = None
+    """Where the second text of a pair begins in the prompt, for models that tell them apart."""
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether hidden states of a cached prefix would be missed."""
+        return self.pooling != "last"
+
+
 BACKGROUND_PRIORITY = 2**31 - 1
 """Requests of this priority are computed only in steps in which no other runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """One sequence to generate, in token ids. The engine knows no text.
+    """One sequence to generate, or to pool, in token ids. The engine knows no text.
 
     `sampling.n` is 1 here: a request for n choices is n of these, sharing their prompt's blocks.
     """
@@ -130,6 +152,8 @@ class GenerateRequest:
     grammar: str = ""
     """What the output must be, in llguidance's Lark (its docs/syntax.md), where a JSON schema is
     `%json {...}` and a special token `<name>` or `<[id]>`. Empty: anything."""
+    pooling: PoolingParams | None = None
+    """Nothing is generated: the request ends with a vector."""
     resume_token_ids: list[int] = field(default_factory=list)
     """Output tokens already delivered, when a request is replayed on a restarted engine."""
 

@@ -31,6 +31,7 @@ from headrace.api.reply import Reply
 from headrace.api.services import services_of
 from headrace.api.structured_output import output_grammar
 from headrace.api.tools import ToolUse, tool_use
+from headrace.engine.client import Task
 from headrace.text.processor import TextProcessor
 
 
@@ -66,7 +67,7 @@ async def chat_prompt(request: Request, body: ChatCompletionRequest) -> ChatProm
     """
     body.check_combinations()
     model = services_of(request).models.find(body.model)
-    text, info = model.loaded()
+    text, info = model.loaded_for(Task.GENERATE)
     use = tool_use(body, text.tool_calls)
     token_ids = await encode_chat(
         text,

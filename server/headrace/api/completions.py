@@ -28,6 +28,7 @@ from headrace.api.protocol import CompletionRequest
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
 from headrace.api.structured_output import output_grammar
+from headrace.engine.client import Task
 from headrace.text.detokenizer import Detokenizer
 
 
@@ -39,7 +40,7 @@ async def create_completion(request: Request) -> Response:
         body, ignored = await receive(request, CompletionRequest)
         body.check_combinations()
         model = services.models.find(body.model)
-        text, info = model.loaded()
+        text, info = model.loaded_for(Task.GENERATE)
         sampling = body.sampling()
         check_choices(body.num_prompts, sampling.n)  # before they are tokenized
         prompts = await encode_prompt(

@@ -6,9 +6,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from headrace.engine.client import EngineClient, EngineState, ModelInfo
-from headrace.errors import ModelNotFoundError, UnavailableError
+from headrace.engine.client import EngineClient, EngineState, ModelInfo, Task
+from headrace.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from headrace.text.processor import TextProcessor
+
+_ROUTES = {
+    Task.GENERATE: "/v1/chat/completions and /v1/completions",
+    Task.EMBED: "/v1/embeddings",
+    Task.CLASSIFY: "/v1/moderations",
+    Task.SCORE: "/v1/score and /v1/rerank",
+}
+_KINDS = {
+    Task.GENERATE: "a language model",
+    Task.EMBED: "a language model or an encoder without a classifier",
+    Task.CLASSIFY: "a text classifier (an architecture that ends in ForSequenceClassification)",
+    Task.SCORE: "an encoder, a language model, or a classifier of one label",
+}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -42,6 +55,19 @@ class ServedModel:
                 retry_after=2.0,
             )
         return self.text, info
+
+    def loaded_for(self, task: Task) -> tuple[TextProcessor, ModelInfo]:
+        """As `loaded`. Raises InvalidRequestError for what this model cannot be asked."""
+        text, info = self.loaded()
+        if task not in info.tasks:
+            routes = ", ".join(_ROUTES[own] for own in info.tasks)
+            raise InvalidRequestError(
+                f"The model {self.name!r} is not for this ({task}): it takes {routes}. Send this "
+                f"to a server of {_KINDS[task]}.",
+                param="model",
+                code="unsupported_task",
+            )
+        return text, info
 
 
 class ModelTable:

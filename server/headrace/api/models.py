@@ -41,6 +41,7 @@ def _card(model: ServedModel, name: str) -> dict[str, Any]:
         "owned_by": "headrace",
         "root": model.name,
         "max_model_len": info.max_model_len if info else None,
+        "tasks": info.tasks if info else None,
         "digest": model.digest or None,
         "revision": model.revision or None,
         "state": str(model.client.state),

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headrace.engine.client import TokenLogprobs
 from headrace.engine.request import IntArray, LongArray, RunningRequests
+
+FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class StepResult:
     """By row of RunningRequests, for rows that asked."""
     prompt_logprobs: Mapping[int, list[TokenLogprobs]] = field(default_factory=dict)
     """By row: one entry per token that the chunk predicted inside the prompt."""
+    vectors: Mapping[int, FloatArray] = field(default_factory=dict)
+    """By row, for pooled rows that reached the end of their prompts: [E]."""
     oom_retries: int = 0
     """How often the device was out of memory, so that a part of the step was computed in two."""
 

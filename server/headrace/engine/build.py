@@ -7,19 +7,21 @@ import logging
 import platform
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from headrace.config import GIB, EngineConfig
 from headrace.engine.block_pool import BlockPool
-from headrace.engine.client import ModelInfo
+from headrace.engine.client import ModelInfo, PoolingInfo, Task
 from headrace.engine.cpu_runner import CpuRunner
 from headrace.engine.cuda_device import CudaDevice, TorchCudaDevice
 from headrace.engine.cuda_memory import measured_budget
 from headrace.engine.cuda_runner import CudaRunner
-from headrace.engine.engine import Engine, Runner
+from headrace.engine.encoder_engine import EncoderEngine
+from headrace.engine.encoder_runner import EncoderRunner
+from headrace.engine.engine import AnyEngine, Engine, Runner
 from headrace.engine.kv_cache import KVCacheManager
 from headrace.engine.plan import Plan, make_plan
 from headrace.engine.request import RunningRequests
@@ -29,7 +31,9 @@ from headrace.errors import ConfigError
 from headrace.layers.matrix import Matrix
 from headrace.layers.weights import WeightTensor
 from headrace.models.base import CausalLM, build_model
+from headrace.models.bert import Encoder
 from headrace.models.config import ModelConfig
+from headrace.models.encoder_config import EncoderConfig
 from headrace.quantization.gguf_blocks import GGUFBlocks
 from headrace.quantization.load_time import LoadTimeForm
 from headrace.quantization.method import QuantMethod
@@ -52,7 +56,7 @@ DTYPES = {
 HASH_KEY_BYTES = 64  # blake2b's longest key
 
 
-def build_engine(config: EngineConfig, progress: Progress = lambda read, total: None) -> Engine:
+def build_engine(config: EngineConfig, progress: Progress = lambda read, total: None) -> AnyEngine:
     """Load the model at `config.model`, a local path, and make an engine that is ready to step.
 
     Raises CheckpointError or ConfigError, with a remedy, before weights are read where possible.
@@ -62,6 +66,9 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     resolved = plan.resolved
     _set_up_cpu(resolved, plan.hardware)
     kernels = _choose_kernels(resolved, plan.model)
+    if isinstance(plan.model, EncoderConfig):
+        torch.set_num_threads(resolved.threads)  # attention is torch's
+        return _encoder_engine(plan, plan.model, kernels, _with_progress(plan, progress), start)
     model = _load_model(plan, kernels, progress)
     if not _leaves_little_to_torch(model, kernels):
         torch.set_num_threads(resolved.threads)
@@ -77,7 +84,8 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
             f"{resolved.device}, though so much was free before. Free memory that others took "
             "meanwhile, or give a smaller --kv-cache-memory-bytes."
         ) from None
-    engine.info = replace(engine.info, load_seconds=time.monotonic() - start)
+    seconds = time.monotonic() - start
+    engine.info = replace(engine.info, load_seconds=seconds, pooling=_pooling_info(plan))
     return engine
 
 
@@ -104,6 +112,59 @@ def _running(resolved: ResolvedConfig, model: CausalLM) -> RunningRequests:
         resolved.block_size,
         model.config.eos_token_ids,
     )
+
+
+def _encoder_engine(
+    plan: Plan,
+    config: EncoderConfig,
+    kernels: KernelSet,
+    weights: Iterable[WeightTensor],
+    start: float,
+) -> EncoderEngine:
+    resolved, device = plan.resolved, torch.device(plan.resolved.device)
+    model = Encoder(config, dtype=DTYPES[resolved.dtype], device=device, kernels=kernels)
+    model.load_weights(weights)
+    tasks = [Task.EMBED, Task.SCORE]
+    if config.is_classifier:
+        tasks = [Task.CLASSIFY, Task.SCORE] if len(config.labels) == 1 else [Task.CLASSIFY]
+    info = ModelInfo(
+        max_model_len=resolved.max_model_len,
+        vocab_size=config.vocab_size,
+        eos_token_ids=[],
+        num_blocks=0,
+        block_size=resolved.block_size,
+        max_num_seqs=resolved.max_num_seqs,
+        dtype=resolved.dtype,
+        device=resolved.device,
+        weight_bytes=_nbytes(model),
+        kv_cache_bytes=0,
+        load_seconds=time.monotonic() - start,
+        kernels=dict(kernels.names),
+        threads=resolved.threads,
+        cpu_isa=resolved.cpu_isa,
+        tasks=tasks,
+        pooling=_pooling_info(plan),
+    )
+    runner = EncoderRunner(model.eval())
+    return EncoderEngine(runner, info, max_batched_tokens=resolved.max_num_batched_tokens)
+
+
+def _nbytes(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _pooling_info(plan: Plan) -> PoolingInfo:
+    model, pooling = plan.model, plan.pooling
+    info = PoolingInfo(
+        pooling=pooling.pooling,
+        normalize=pooling.normalize,
+        dimensions=model.hidden_size,
+        matryoshka=pooling.matryoshka,
+    )
+    if isinstance(model, EncoderConfig):
+        labels, activation = list(model.labels), model.score_activation
+        info = replace(info, labels=labels, score_activation=activation)
+    return info
 
 
 def _assemble(resolved: ResolvedConfig, model: CausalLM, device: CudaDevice | None) -> Engine:
@@ -151,12 +212,13 @@ def _assemble(resolved: ResolvedConfig, model: CausalLM, device: CudaDevice | No
         max_num_seqs=resolved.max_num_seqs,
         dtype=resolved.dtype,
         device=resolved.device,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=_nbytes(model),
         kv_cache_bytes=resolved.kv_cache_bytes,
         load_seconds=0.0,
         kernels=dict(model.context.kernels.names),
         threads=resolved.threads,
         cpu_isa=resolved.cpu_isa,
+        tasks=[Task.GENERATE, Task.EMBED, Task.SCORE],
     )
     return Engine(scheduler, runner, info)
 
@@ -218,7 +280,7 @@ def _leaves_little_to_torch(model: CausalLM, kernels: KernelSet) -> bool:
     return all(chosen[stem] == "cpu" for stem in {"attention", *stems})
 
 
-def _choose_kernels(resolved: ResolvedConfig, model: ModelConfig) -> KernelSet:
+def _choose_kernels(resolved: ResolvedConfig, model: ModelConfig | EncoderConfig) -> KernelSet:
     facts, explicit = kernel_facts(resolved, model), explicit_kernels(resolved.kernel)
     try:
         return dispatch.choose(facts, explicit)
@@ -247,7 +309,9 @@ def explicit_kernels(choices: Sequence[str]) -> dict[str, str]:
     return explicit
 
 
-def kernel_facts(resolved: ResolvedConfig, model: ModelConfig) -> dispatch.KernelFacts:
+def kernel_facts(
+    resolved: ResolvedConfig, model: ModelConfig | EncoderConfig
+) -> dispatch.KernelFacts:
     """What the candidates of each op are asked with."""
     device = torch.device(resolved.device)
     arch = platform.machine()
@@ -264,6 +328,7 @@ def kernel_facts(resolved: ResolvedConfig, model: ModelConfig) -> dispatch.Kerne
 
 
 def _load_model(plan: Plan, kernels: KernelSet, progress: Progress) -> CausalLM:
+    assert isinstance(plan.model, ModelConfig)
     model = build_model(
         plan.model,
         dtype=DTYPES[plan.resolved.dtype],

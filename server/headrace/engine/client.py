@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from headrace.sampling_params import GenerateRequest
 
@@ -80,8 +80,37 @@ class RequestOutput:
     stop_token_id: int | None = None
     """The stop token that ended the request; it is the last of `token_ids`."""
     error: str | None = None
+    vector: bytes | None = None
+    """Of a pooling request, at its end: float32, little-endian."""
     record: RequestRecord | None = None
     """Present exactly when finish_reason is."""
+
+
+class Task(enum.StrEnum):
+    """What a model can be asked for."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    CLASSIFY = "classify"
+    """Scores of labels."""
+    SCORE = "score"
+    """How well two texts fit: by a classifier of one label, or by two embeddings."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingInfo:
+    """What a model makes of a prompt besides tokens."""
+
+    pooling: Literal["mean", "cls", "last"]
+    normalize: bool
+    dimensions: int
+    """Of an embedding."""
+    matryoshka: bool = False
+    """Trained so that fewer dimensions are an embedding, too."""
+    labels: list[str] = field(default_factory=list)
+    """Of a classifier."""
+    score_activation: Literal["sigmoid", "softmax", "none"] = "none"
+    """What turns its logits into scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +133,14 @@ class ModelInfo:
     threads: int = 1
     cpu_isa: str = "none"
     """Instruction set of the CPU kernels; "none" where they do not run."""
+    tasks: list[Task] = field(default_factory=lambda: [Task.GENERATE])
+    pooling: PoolingInfo | None = None
+    """None: only tokens."""
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Of a request that is pooled. A decoder has one token less: its step ends in another."""
+        return self.max_model_len - (Task.GENERATE in self.tasks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

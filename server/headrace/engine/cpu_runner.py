@@ -17,6 +17,7 @@ from headrace.engine.batch import (
 )
 from headrace.engine.client import TokenLogprobs
 from headrace.engine.model_runner import LOGITS_CHUNK, kv_layers, prompt_rows, prompt_spans
+from headrace.engine.pooling import Pooler
 from headrace.engine.recorded_steps import RecordedSteps
 from headrace.engine.request import RunningRequests
 from headrace.engine.sampler import Sampler
@@ -47,6 +48,7 @@ class CpuRunner:
         self._block_size = block_size
         self._pad_to = pad_to
         self._sampler = Sampler(model.context.kernels)
+        self._pooler = Pooler(running)
         self._kv_layers = kv_layers(
             model.config,
             num_blocks=num_blocks,
@@ -68,14 +70,18 @@ class CpuRunner:
     @torch.inference_mode()
     def _execute(self, batch: ScheduledBatch) -> StepResult:
         """One forward pass over the batch and a token for each row that reached its end."""
-        if self._recorded is not None and self._recorded.takes(batch):
+        pools = bool(self._running.pooled)
+        if self._recorded is not None and not pools and self._recorded.takes(batch):
             return self._sample(batch, [self._recorded.logits(batch)])
         model_input = build_model_input(
             batch, self._running, block_size=self._block_size, pad_to=self._pad_to
         )
         hidden = self._forward(model_input)
         result = self._sample(batch, self._logits(model_input, hidden))
-        return replace(result, prompt_logprobs=self._prompt_logprobs(batch, hidden))
+        vectors = self._pooler.pool(batch, hidden) if pools else {}
+        return replace(
+            result, prompt_logprobs=self._prompt_logprobs(batch, hidden), vectors=vectors
+        )
 
     def _logits(self, model_input: ModelInput, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Of the rows that sample, a chunk at a time, each in the memory of the last."""

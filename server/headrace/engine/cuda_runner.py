@@ -8,17 +8,25 @@ samples is copied out of the graph's memory before anything else can be replayed
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.engine.batch import NO_WORK, PendingStep, ScheduledBatch, StepResult
+from headrace.engine.batch import (
+    NO_WORK,
+    FloatArray,
+    PendingStep,
+    ScheduledBatch,
+    StepResult,
+)
 from headrace.engine.cuda_device import CudaDevice
 from headrace.engine.cuda_graph import POOL_SPARE_BLOCKS, GraphBook, graph_sizes
 from headrace.engine.cuda_sampling import DeviceSampler
 from headrace.engine.model_runner import LOGITS_CHUNK, kv_layers
+from headrace.engine.pooling import Pooler
 from headrace.engine.request import RunningRequests
 from headrace.engine.step_inputs import StepInputMaker, StepInputs
 from headrace.models.base import CausalLM
@@ -55,6 +63,7 @@ class CudaRunner:
         max_tokens = -(-max_num_batched_tokens // pad_to) * pad_to
         self.graphs = GraphBook(graph_sizes(max_tokens, pad_to) if graphs else ())
         self._hidden: dict[int, Tensor] = {}
+        self._pooler = Pooler(running)
         with device.stream():
             self._inputs = StepInputMaker(
                 running,
@@ -114,7 +123,11 @@ class CudaRunner:
         else:
             self.graphs[size].replay()
             hidden = self._hidden[size]
-        return self._sampler.launch(batch, hidden, inputs, wanted)
+        pending = self._sampler.launch(batch, hidden, inputs, wanted)
+        if self._running.pooled:
+            # Read at once: rare, and the memory is that of the next step.
+            return _Pooled(pending, self._pooler.pool(batch, hidden))
+        return pending
 
     def _forward(self, inputs: StepInputs, batch: ScheduledBatch | None) -> Tensor:
         """[T', E]: enqueue a forward pass, op by op. Without `batch` the host does not know what
@@ -181,6 +194,17 @@ class CudaRunner:
 
 
 @dataclass(frozen=True, slots=True)
+class _Pooled:
+    """A PendingStep with vectors that are known already."""
+
+    step: PendingStep
+    vectors: Mapping[int, FloatArray]
+
+    def result(self) -> StepResult:
+        return replace(self.step.result(), vectors=self.vectors)
+
+
+@dataclass(frozen=True, slots=True)
 class _Halves:
     """A PendingStep that was launched in two, for want of memory."""
 
@@ -196,6 +220,7 @@ class _Halves:
             token_ids=np.concatenate((first.token_ids, second.token_ids)),
             logprobs={**first.logprobs, **second.logprobs},
             prompt_logprobs=prompt_logprobs,
+            vectors={**first.vectors, **second.vectors},
             oom_retries=first.oom_retries + second.oom_retries + 1,
         )
 

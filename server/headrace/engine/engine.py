@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Protocol
 
-import psutil
-
 from headrace.engine.batch import (
     NO_RESULT,
     NO_WORK,
@@ -23,11 +21,11 @@ from headrace.engine.client import (
 )
 from headrace.engine.constrained_rows import start_masks
 from headrace.engine.grammar import GrammarCompiler
+from headrace.engine.resident_bytes import ResidentBytes
 from headrace.engine.scheduler import Scheduler
 from headrace.sampling_params import GenerateRequest
 
 COMPILE_WAIT = 0.005  # seconds that a step without other work waits for grammars
-RESIDENT_BYTES_PERIOD = 1.0  # seconds; reading it costs more than scheduling a step
 
 
 class Runner(Protocol):
@@ -46,6 +44,31 @@ class Runner(Protocol):
     def idle(self) -> bool:
         """Do a few milliseconds of what waits for idle time; False if there is nothing."""
         ...
+
+
+class AnyEngine(Protocol):
+    """What a process that owns an engine asks of it; see Engine."""
+
+    info: ModelInfo
+
+    def add(self, request: GenerateRequest, handle: int) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def step(self) -> StepOutputs: ...
+
+    def idle(self) -> bool: ...
+
+    def reset_prefix_cache(self) -> bool: ...
+
+    def use_tokenizer(self, tokenizer_json: str) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def check_invariants(self) -> None: ...
 
 
 class Step(NamedTuple):
@@ -69,9 +92,7 @@ class Engine:
         self._steps = 0
         self._oom_retries = 0
         self._step_tokens = 0
-        self._process = psutil.Process()
-        self._resident_bytes = 0
-        self._resident_bytes_time = 0.0
+        self._resident_bytes = ResidentBytes()
 
     def add(self, request: GenerateRequest, handle: int) -> None:
         """Queue a request, once its grammar is compiled if it has one."""
@@ -161,10 +182,6 @@ class Engine:
 
     def stats(self) -> EngineStats:
         scheduler, kv_cache = self._scheduler, self._scheduler.kv_cache
-        now = time.monotonic()
-        if now - self._resident_bytes_time > RESIDENT_BYTES_PERIOD:
-            self._resident_bytes = self._process.memory_info().rss
-            self._resident_bytes_time = now
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting + len(self._grammars),
@@ -176,8 +193,8 @@ class Engine:
             oom_retries=self._oom_retries,
             steps=self._steps,
             step_tokens=self._step_tokens,
-            last_step_time=now,
-            resident_bytes=self._resident_bytes,
+            last_step_time=time.monotonic(),
+            resident_bytes=self._resident_bytes(),
         )
 
     def check_invariants(self) -> None:

@@ -19,7 +19,7 @@ from headrace.errors import EngineError, UnavailableError
 from headrace.sampling_params import GenerateRequest
 
 if TYPE_CHECKING:
-    from headrace.engine.engine import Engine
+    from headrace.engine.engine import AnyEngine
 
 NO_LIMITS = QueueLimits(max_queued_requests=1 << 31, max_queued_tokens=1 << 62)
 
@@ -29,7 +29,7 @@ class InProcessEngineClient:
 
     def __init__(
         self,
-        build: Callable[[], Engine],
+        build: Callable[[], AnyEngine],
         *,
         limits: QueueLimits = NO_LIMITS,
         on_record: Callable[[RequestRecord], None] = lambda record: None,
@@ -41,7 +41,7 @@ class InProcessEngineClient:
         self.tokenizer_json = ""
         """How tokens are spelled: what requests with grammars need. Set it before they come."""
         self._build = build
-        self._engine: Engine | None = None
+        self._engine: AnyEngine | None = None
         self._live = LiveRequests(limits, on_abort=self._abort, on_end=on_record)
         self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -87,7 +87,7 @@ class InProcessEngineClient:
             self._engine.abort(request_id)
             self._work.set()
 
-    async def _run(self, engine: Engine) -> None:
+    async def _run(self, engine: AnyEngine) -> None:
         try:
             while True:
                 while engine.idle():

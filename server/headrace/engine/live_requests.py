@@ -80,6 +80,7 @@ class LiveStream:
             finish_reason=end.finish_reason if end else None,
             stop_token_id=end.stop_token_id if end else None,
             error=end.error if end else None,
+            vector=end.vector if end else None,
             record=end.record if end else None,
         )
         self._tokens, self._logprobs, self._prompt_logprobs = [], [], None
@@ -300,7 +301,14 @@ def _check(request: GenerateRequest, info: ModelInfo) -> None:
     num_prompt_tokens = len(request.prompt_token_ids)
     if num_prompt_tokens == 0:
         raise InvalidRequestError("The prompt is empty: it has no tokens.", param="prompt")
-    if num_prompt_tokens >= info.max_model_len:
+    if request.pooling is not None:
+        if num_prompt_tokens > info.max_prompt_len:
+            raise ContextLengthExceededError(
+                f"The input has {num_prompt_tokens} tokens, and the model takes "
+                f"{info.max_prompt_len}. Shorten it, or set truncate_prompt_tokens.",
+                param="input",
+            )
+    elif num_prompt_tokens >= info.max_model_len:
         raise ContextLengthExceededError(
             f"The prompt has {num_prompt_tokens} tokens, and the model's context of "
             f"{info.max_model_len} tokens must hold it and at least one output token. "

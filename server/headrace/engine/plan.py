@@ -15,6 +15,8 @@ from headrace.loading.checkpoint import Checkpoint, open_checkpoint
 from headrace.loading.gguf_weights import GGUFTensor
 from headrace.loading.safetensors import SafetensorsTensor
 from headrace.models.config import ModelConfig
+from headrace.models.encoder_config import EncoderConfig, is_encoder
+from headrace.models.pooling_config import PoolingConfig
 from headrace.quantization.gguf_formats import DENSE_TYPES, packed_format, why_not_packed
 from headrace.quantization.method import Format
 from headrace.quantization.scheme import load_time_format
@@ -26,12 +28,15 @@ class Plan:
     """Everything that is known before weights are read."""
 
     checkpoint: Checkpoint
-    model: ModelConfig
+    model: ModelConfig | EncoderConfig
     hardware: Hardware
     resolved: ResolvedConfig
+    pooling: PoolingConfig
 
     def weights(self) -> Iterator[StoredWeight]:
         """Those of the checkpoint, the tensors of quantized layers joined."""
+        if isinstance(self.model, EncoderConfig):  # whose buffers of integers are not read
+            return self.checkpoint.weights()
         return stored_weights(self.checkpoint, self.model)
 
 
@@ -60,8 +65,16 @@ def make_plan(config: EngineConfig) -> Plan:
     Raises CheckpointError or ConfigError, with a remedy, for what cannot be run here.
     """
     checkpoint = open_checkpoint(Path(config.model))
-    model = model_config(checkpoint)
     hardware = probe(config.device.device, deterministic=config.device.deterministic)
+    if checkpoint.hf_config is not None and is_encoder(checkpoint.hf_config):
+        return _encoder_plan(config, checkpoint, hardware)
+    model = model_config(checkpoint)
+    pooling = PoolingConfig.of(
+        checkpoint.modules,
+        checkpoint.hf_config,
+        is_encoder=False,
+        chosen=config.model_options.pooling,
+    )
     rounded = config.model_options.quantization
     if rounded != "auto":
         _check_unquantized(checkpoint, model, rounded)
@@ -87,7 +100,42 @@ def make_plan(config: EngineConfig) -> Plan:
         scaled_bytes=scaled_bytes,
         dtype_dequantizes=checkpoint.kind == "gguf",
     )
-    return Plan(checkpoint, model, hardware, resolve(config, hardware, facts))
+    return Plan(checkpoint, model, hardware, resolve(config, hardware, facts), pooling)
+
+
+def _encoder_plan(config: EngineConfig, checkpoint: Checkpoint, hardware: Hardware) -> Plan:
+    assert checkpoint.hf_config is not None
+    model = EncoderConfig.from_hf(checkpoint.hf_config)
+    if (rounded := config.model_options.quantization) != "auto":
+        raise ConfigError(
+            f"--quantization {rounded}: encoders are not quantized, {model.architecture} is one. "
+            "Leave it out."
+        )
+    pooling = PoolingConfig.of(
+        checkpoint.modules,
+        checkpoint.hf_config,
+        is_encoder=True,
+        chosen=config.model_options.pooling,
+    )
+    facts = ModelFacts(
+        name=checkpoint.path.name,
+        architecture=model.architecture,
+        num_parameters=model.num_parameters,
+        max_position_embeddings=model.max_position_embeddings,
+        kv_elements_per_token=0,
+        kv_rows_per_token=0,
+        checkpoint_dtype=model.checkpoint_dtype,
+        vocab_size=len(model.labels),
+        activation_bytes_per_token={
+            # residual in fp32; x, qkv, attended and its product; up, activated
+            dtype: 4 * model.hidden_size
+            + (7 * model.hidden_size + 2 * model.intermediate_size) * size
+            for dtype, size in DTYPE_BYTES.items()
+        },
+        trained_length=pooling.max_tokens,
+        dtype_dequantizes=False,
+    )
+    return Plan(checkpoint, model, hardware, resolve(config, hardware, facts), pooling)
 
 
 def model_config(checkpoint: Checkpoint) -> ModelConfig:

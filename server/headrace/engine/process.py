@@ -42,7 +42,7 @@ from headrace.errors import CheckpointError, ConfigError
 from headrace.observability.logging import configure_logging
 
 if TYPE_CHECKING:
-    from headrace.engine.engine import Engine
+    from headrace.engine.engine import AnyEngine
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class EngineProcess:
                 self._send(StepDone(engine.step()))
         return 0
 
-    def _load(self, config: EngineConfig) -> Engine:
+    def _load(self, config: EngineConfig) -> AnyEngine:
         # torch takes seconds to import; the client has heard Hello by now.
         from headrace.engine.build import build_engine
 
@@ -104,7 +104,7 @@ class EngineProcess:
 
         return build_engine(config, progress)
 
-    def _receive(self, engine: Engine, *, wait: bool) -> None:
+    def _receive(self, engine: AnyEngine, *, wait: bool) -> None:
         """Take in all messages there are; with `wait`, sleep until there is one."""
         messages = self._channel.receive(HEARTBEAT_PERIOD if wait else 0.0)
         if messages is None:
@@ -115,7 +115,7 @@ class EngineProcess:
         if wait and not messages:
             self._send(Heartbeat(engine.stats()))
 
-    def _handle(self, engine: Engine, message: ToEngine) -> None:
+    def _handle(self, engine: AnyEngine, message: ToEngine) -> None:
         match message:
             case Submit(request=request, handle=handle):
                 engine.add(request, handle)

@@ -82,6 +82,8 @@ class Request:
         room = max_model_len - num_prompt_tokens
         assert num_prompt_tokens > 0 and room > 0, "the client checks lengths"
         max_tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        if source.pooling is not None:
+            max_tokens = 1  # it ends where the first one would be sampled
         eos = frozenset() if sampling.ignore_eos else eos_token_ids
         allowed = sampling.allowed_token_ids
         known = source.prompt_token_ids + source.resume_token_ids
@@ -197,6 +199,7 @@ class RunningRequests:
         self.with_min_tokens: set[int] = set()
         self.with_stop_tokens: set[int] = set()
         self.with_prompt_logprobs: set[int] = set()
+        self.pooled: set[int] = set()
         self.background: set[int] = set()
         self._side_sets = (
             self.penalized,
@@ -206,6 +209,7 @@ class RunningRequests:
             self.with_min_tokens,
             self.with_stop_tokens,
             self.with_prompt_logprobs,
+            self.pooled,
             self.background,
         )
         self.token_masks = TokenMasks()
@@ -332,6 +336,8 @@ class RunningRequests:
             self.with_stop_tokens.add(row)
         if request.wants_prompt_logprobs:
             self.with_prompt_logprobs.add(row)
+        if request.source.pooling is not None:
+            self.pooled.add(row)
         if request.is_background:
             self.background.add(row)
 

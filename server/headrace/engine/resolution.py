@@ -63,8 +63,15 @@ class ModelFacts:
     """Of num_parameters, those that products with 8-bit activations take as 8-bit rows."""
     scaled_bytes: int = 0
     """What those take then, with their scales."""
+    trained_length: int | None = None
+    """Tokens to which texts were cut in training, where that is less than the model can take."""
     dtype_dequantizes: bool = True
     """Whether --dtype is the type of all weights: in GGUF files, which store no other type."""
+
+    @property
+    def is_encoder(self) -> bool:
+        """It has no KV cache."""
+        return self.kv_rows_per_token == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,7 @@ class ResolvedConfig:
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 KV_SCALE_BYTES = 4
+NO_KV_CACHE = "an encoder has no KV cache"
 EIGHT_BIT_KV = ("int8", "fp8")
 CPU_KV_SHARE = 0.25
 CPU_KV_LIMIT = 4 * GIB
@@ -142,8 +150,12 @@ def resolve(config: EngineConfig, hardware: Hardware, model: ModelFacts) -> Reso
     weights, weight_bytes = _weights(pick, config, dtype, hardware, model)
     kv_cache_dtype, kv_bytes_per_token = _kv_cache_type(pick, config, dtype, hardware, model)
     limit = model.max_position_embeddings
+    reason = "the model's own limit" if model.trained_length is None else "modules.json"
     max_model_len = pick(
-        "max_model_len", config.model_options.max_model_len, limit, "the model's own limit"
+        "max_model_len",
+        config.model_options.max_model_len,
+        min(limit, model.trained_length or limit),
+        reason,
     )
     if not 1 < max_model_len <= limit:
         raise ConfigError(
@@ -189,6 +201,9 @@ def with_measured_memory(
 def _with_kv_cache(resolved: ResolvedConfig, config: EngineConfig, free: int) -> ResolvedConfig:
     """Choose the size of the KV cache, and a context that fits into it."""
     why, per_token = dict(resolved.why), resolved.kv_bytes_per_token
+    if per_token == 0:
+        why |= dict.fromkeys(("kv_cache_bytes", "num_blocks"), NO_KV_CACHE)
+        return replace(resolved, why=why)
     given, block_size = config.cache.kv_cache_memory_bytes, resolved.block_size
     if given is None:
         useful = resolved.max_num_seqs * resolved.max_model_len * per_token
@@ -328,6 +343,9 @@ def _kv_cache_type(
 ) -> tuple[str, int]:
     """The type of the KV cache, and the bytes that a token takes in it."""
     given = config.cache.kv_cache_dtype
+    if model.is_encoder:
+        pick.why["kv_cache_dtype"] = NO_KV_CACHE
+        return dtype, 0
     chosen = dtype if given == "auto" else given
     pick.why["kv_cache_dtype"] = "that of dtype" if given == "auto" else "given"
     if reason := _why_not_kv_type(chosen, dtype, hardware, model):
@@ -415,6 +433,8 @@ def _resolve_dtype(config: EngineConfig, hardware: Hardware, model: ModelFacts) 
     chosen = config.model_options.dtype
     if chosen != "auto":
         return chosen, "given"
+    if hardware.device == "cpu" and model.is_encoder:
+        return "float32", "encoders are small"
     if hardware.device == "cpu":
         if config.device.cpu_isa in ("avx2", "scalar"):
             return "float32", f"{config.device.cpu_isa} has no bf16 dot products"

@@ -25,6 +25,7 @@ from headrace.engine.client import FinishReason, RequestOutput, StepOutputs, Tok
 from headrace.engine.constrained_rows import follow_grammars
 from headrace.engine.grammar import Constraint
 from headrace.engine.kv_cache import KVCacheManager
+from headrace.engine.pooling import ended_with
 from headrace.engine.request import (
     STOP_BITS,
     UNKNOWN_TOKEN,
@@ -246,7 +247,9 @@ class Scheduler:
 
     def _place(self, request: Request) -> bool:
         """Move a waiting request into a row with blocks for all its tokens; False if no room."""
-        hit = self.kv_cache.find_prefix(request)
+        pooling = request.source.pooling
+        needs_all = pooling is not None and pooling.needs_all_tokens
+        hit = [] if needs_all else self.kv_cache.find_prefix(request)
         num_tokens = len(request.token_ids)
         row = self.running.add(request)
         # One block is left for each row that runs already, or admitting would soon preempt.
@@ -350,6 +353,9 @@ class Scheduler:
         self, row: int, tokens: list[int], reason: FinishReason | None, result: StepResult
     ) -> RequestOutput:
         request = self.running.request(row)
+        if request.source.pooling is not None and reason is not FinishReason.ERROR:
+            self._release(request)
+            return ended_with(request, result.vectors[row])
         cached_tokens = None
         scheduled_time = first_token_time = 0.0
         if not request.first_token_time:

@@ -7,7 +7,7 @@ import msgspec
 from headrace.engine.client import EngineStats, ModelInfo, StepOutputs
 from headrace.sampling_params import GenerateRequest
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):

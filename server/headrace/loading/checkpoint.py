@@ -22,6 +22,7 @@ from headrace.loading.safetensors import (
     SafetensorsTensor,
     open_safetensors,
 )
+from headrace.loading.sentence_transformers import MODULES, SentenceModule, read_modules
 
 # Larger than any real configuration or tokenizer (the largest tokenizer.json has about 35 MB).
 _MAX_JSON_BYTES = 256 << 20
@@ -62,6 +63,7 @@ class Checkpoint:
     gguf_metadata: the header of a GGUF file; None for a folder.
     rope_frequency_factors: [D/2] divisors of the rotary frequencies, which a GGUF file of a Llama 3
         model carries instead of a `rope_scaling` configuration; else None.
+    modules: those of sentence-transformers, of a folder that has them.
     files: the open weight files. texts: the small files that the digest covers.
     """
 
@@ -74,6 +76,7 @@ class Checkpoint:
     generation_config: dict[str, Any] | None = None
     gguf_metadata: Mapping[str, Any] | None = None
     rope_frequency_factors: tuple[float, ...] | None = None
+    modules: tuple[SentenceModule, ...] = ()
 
     def weights(self) -> Iterator[GGUFTensor | SafetensorsTensor]:
         """Every weight under its Hugging Face name, in disk order; bytes are read by `read_into`.
@@ -139,6 +142,9 @@ def _open_folder(path: Path) -> Checkpoint:
     if hf_config is None:
         raise CheckpointError(f"{path}: there is no config.json. Download it to this folder.")
     texts = [path / name for name in _TEXT_FILES if (path / name).is_file()]
+    modules = read_modules(path)
+    if modules:
+        texts += [path / MODULES, *(module.file for module in modules if module.file)]
     return Checkpoint(
         path=path,
         kind="safetensors",
@@ -147,6 +153,7 @@ def _open_folder(path: Path) -> Checkpoint:
         texts=(*texts, *_template_files(path)),
         hf_config=hf_config,
         generation_config=_read_json(path / "generation_config.json"),
+        modules=modules,
     )
 
 

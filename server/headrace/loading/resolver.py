@@ -29,7 +29,8 @@ _HUB_NAME = re.compile(
 # of the weights, which some repositories keep in subfolders or as consolidated*.safetensors.
 _SMALL_FILES = ["*.json", "*.jinja"]
 _SAFETENSORS = ["*.safetensors"]
-_NOT_READ = ["*/*.safetensors", "*/*.json", "consolidated*.safetensors"]
+# Of subfolders only the settings of sentence-transformers' modules, such as 1_Pooling/config.json.
+_NOT_READ = ["*/*.safetensors", "[!0-9]*/*.json", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True)

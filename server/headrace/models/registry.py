@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headrace.errors import CheckpointError
 from headrace.models import llama, mistral, qwen2, qwen3, smollm3
+from headrace.models.encoder_config import known_encoders
 from headrace.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -27,7 +28,7 @@ def family_of_architecture(architecture: str) -> Family:
             return family
     raise CheckpointError(
         f"The architecture {architecture!r} is not known. Known are: "
-        f"{', '.join(known_architectures())}."
+        f"{', '.join([*known_architectures(), *known_encoders()])}."
     )
 
 
