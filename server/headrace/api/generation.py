@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -175,12 +176,16 @@ class Choice:
     async def run(self, emit: Callable[[Choice, list[TextDelta]], None]) -> None:
         """Read to the end, handing over the deltas of each output. Raises EngineError and its
         siblings if there is no regular end."""
+
+        def on_output(output: RequestOutput) -> None:
+            emit(self, self.take(output))
+            if self.finish_reason is not None:
+                self.close()
+
         try:
-            async for output in self._stream:
-                emit(self, self.take(output))
-                if self.finish_reason is not None:
-                    return
-            raise UnavailableError("The request was aborted by the server; try again.")
+            await self._stream.read(on_output)
+            if self.finish_reason is None:
+                raise UnavailableError("The request was aborted by the server; try again.")
         finally:
             self.close()
 
@@ -203,9 +208,10 @@ class Choice:
             ends_with_stop_token=output.stop_token_id is not None,
         )
         self.completion_tokens += len(texts)
+        logprobs = output.logprobs or itertools.repeat(None)
         deltas = [
-            TextDelta(token_id, text, output.logprobs[i] if output.logprobs else None, None)
-            for i, (token_id, text) in enumerate(zip(output.token_ids, texts, strict=False))
+            TextDelta(token_id, text, entry, None)
+            for token_id, text, entry in zip(output.token_ids, texts, logprobs, strict=False)
         ]
         if self._text.stopped is not None:
             self.finish_reason = "stop"

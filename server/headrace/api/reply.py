@@ -130,16 +130,20 @@ class _Events:
         self._reply = reply
         self._generation = generation
         self._begun: set[int] = set()
-        self._around_text: dict[tuple[int, str], list[bytes]] = {}
+        self._around_text: dict[tuple[int, str | None], list[bytes]] = {}
         self._extras_are_due = True
 
     def of(self, choice: Choice, deltas: list[TextDelta]) -> bytes:
         parts: list[bytes] = []
         for delta in deltas:
             delta = self._reply.read(choice, delta)
-            if delta.finish_reason is None and (around := self._around(choice, delta.kind)):
-                parts.append(_encode(delta.text).join(around))
-                continue
+            if delta.finish_reason is None:
+                around = self._around_text.get((choice.index, delta.kind))
+                if around is None:
+                    around = self._around(choice, delta.kind)
+                if around:
+                    parts.append(_encode(delta.text).join(around))
+                    continue
             first = choice.index not in self._begun
             if first and self._reply.begins_in_order:
                 parts += self._begin_before(choice.index)
@@ -171,14 +175,12 @@ class _Events:
         """The JSON of an event before, between and after its text; empty if it has more to it."""
         if kind is None or choice.index not in self._begun:
             return []
-        around = self._around_text.get((choice.index, kind))
-        if around is None:
-            around = []
-            if self._reply.differs_in_text_only:
-                mark = TextDelta(0, _TEXT_GOES_HERE, None, None, kind)
-                sample = self._event(choice, mark, first=False)
-                around = sample.split(_encode(_TEXT_GOES_HERE))
-            self._around_text[choice.index, kind] = around
+        around: list[bytes] = []
+        if self._reply.differs_in_text_only:
+            mark = TextDelta(0, _TEXT_GOES_HERE, None, None, kind)
+            sample = self._event(choice, mark, first=False)
+            around = sample.split(_encode(_TEXT_GOES_HERE))
+        self._around_text[choice.index, kind] = around
         return around
 
 

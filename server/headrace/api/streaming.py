@@ -33,14 +33,15 @@ class SlowClientError(Exception):
 
 
 class Outbox:
-    """Events that wait for one client, at most `limit` bytes of them."""
+    """Events that wait for one client, at most `limit` bytes of them. One task takes them."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._events: list[bytes] = []
         self._size = 0
         self._closed = False
-        self._news = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: bytes) -> None:
         """Raises SlowClientError when the limit is exceeded. One event may be as long as it needs
@@ -49,17 +50,25 @@ class Outbox:
         if self._events and self._size > self._limit:
             raise SlowClientError(f"more than {self._limit} bytes wait for the client")
         self._events.append(event)
-        self._news.set()
+        self._wake()
 
     def close(self) -> None:
         self._closed = True
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def take(self) -> bytes:
         """Everything that waits, at once; empty when there will be no more."""
         while not self._events and not self._closed:
-            self._news.clear()
-            await self._news.wait()
+            # Not an Event: this happens for every token, and a future costs a third.
+            self._loop = self._loop or asyncio.get_running_loop()
+            self._waiter = self._loop.create_future()
+            await self._waiter
         data = b"".join(self._events)
         self._events.clear()
         self._size = 0

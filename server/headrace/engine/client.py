@@ -8,7 +8,7 @@ torch, or what encodes them (wire.py).
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -59,7 +59,7 @@ class RequestRecord:
     max_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # one is made per token, and a frozen one takes thrice as long
 class RequestOutput:
     """What became known of one request since the last output: one step's token, or several when
     the reader is slower than the engine."""
@@ -201,6 +201,12 @@ class RequestStream(Protocol):
     async def __anext__(self) -> RequestOutput:
         """The next output; coalesces all that arrived meanwhile. After the one that carries a
         finish_reason: StopAsyncIteration. Raises EngineError if the engine is lost for good."""
+        ...
+
+    async def read(self, on_output: Callable[[RequestOutput], None]) -> None:
+        """Call `on_output` with every output as it comes; return after the last one, or when the
+        request was aborted. The same as `async for`, without waking a task for each. Raises as
+        that does, and what `on_output` raises; it must not wait."""
         ...
 
     def abort(self) -> None:

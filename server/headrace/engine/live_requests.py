@@ -37,7 +37,14 @@ MAX_DEATHS = 2
 class LiveStream:
     """Implements client.RequestStream. Written by the event loop's delivery, read by one task."""
 
-    def __init__(self, request: GenerateRequest, on_abort: Callable[[LiveStream], None]) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        on_abort: Callable[[LiveStream], None],
+        on_news: Callable[[LiveStream], None],
+    ) -> None:
+        """`on_news`: told when there is something for a reader that waits. It must soon call
+        `hand_over`, and is not told again before that."""
         self.request_id = request.request_id
         self.request = request
         self.received: list[int] = []
@@ -46,6 +53,10 @@ class LiveStream:
         self.first_token_time = 0.0
         self.done = False
         self._on_abort = on_abort
+        self._on_news = on_news
+        self._told = False
+        self._reader: Callable[[RequestOutput], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -53,22 +64,56 @@ class LiveStream:
         self._times = (0.0, 0.0)
         self._end: RequestOutput | None = None
         self._error: HeadraceError | None = None
-        self._news = asyncio.Event()
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        if not self.done or self._news.is_set():
-            await self._news.wait()
-        elif self._error is None:
+        while not (self._tokens or self._end or self.done):
+            await self._wait()
+        output = self._take()
+        if output is None:
             raise StopAsyncIteration
-        self._news.clear()
+        return output
+
+    async def read(self, on_output: Callable[[RequestOutput], None]) -> None:
+        while (output := self._take()) is not None:  # what came before there was a reader
+            on_output(output)
+        if not self.done:
+            self._reader = on_output
+            try:
+                await self._wait()
+            finally:
+                self._reader = None
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def hand_over(self) -> None:
+        """Give what arrived to the reader, or wake it."""
+        self._told = False
+        waiter, reader = self._waiter, self._reader
+        if waiter is None or waiter.done():
+            return
+        try:
+            if reader is not None and (output := self._take()) is not None:
+                reader(output)
+            if reader is None or self.done:
+                waiter.set_result(None)
+        except Exception as error:
+            waiter.set_exception(error)
+
+    def _take(self) -> RequestOutput | None:
+        """Everything that arrived, or None. Raises the error that ended the stream."""
         if self._error is not None:
             raise self._error
-        end, self._end = self._end, None
+        end = self._end
         if end is None and not self._tokens:
-            raise StopAsyncIteration  # aborted while its reader waited
+            return None
         output = RequestOutput(
             request_id=self.request_id,
             token_ids=self._tokens,
@@ -84,7 +129,7 @@ class LiveStream:
             record=end.record if end else None,
         )
         self._tokens, self._logprobs, self._prompt_logprobs = [], [], None
-        self._cached_tokens, self._times = None, (0.0, 0.0)
+        self._cached_tokens, self._times, self._end = None, (0.0, 0.0), None
         return output
 
     def abort(self) -> None:
@@ -94,7 +139,8 @@ class LiveStream:
     def push_token(self, token_id: int) -> None:
         self.received.append(token_id)
         self._tokens.append(token_id)
-        self._news.set()
+        if not self._told:
+            self._tell()
 
     def push(self, output: RequestOutput) -> None:
         if output.token_ids and not self.received:
@@ -111,18 +157,23 @@ class LiveStream:
         if output.finish_reason is not None:
             self._end = output
             self.done = True
-        self._news.set()
+        self._tell()
 
     def end_unfinished(self) -> None:
-        """After an abort: whoever still reads gets StopAsyncIteration."""
+        """After an abort: whoever still reads is told that there is no more."""
         self._tokens = []
         self.done = True
-        self._news.set()
+        self._tell()
 
     def fail(self, error: HeadraceError) -> None:
         self._error = error
         self.done = True
-        self._news.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._waiter is not None and not self._told:
+            self._told = True
+            self._on_news(self)
 
 
 class LiveRequests:
@@ -147,6 +198,7 @@ class LiveRequests:
         """request id -> prompt tokens, of those that wait for their first token."""
         self._queued_tokens = 0
         self._prefill_rate = 0.0  # tokens per second, moving average
+        self._with_news: list[LiveStream] = []
 
     def __len__(self) -> int:
         return len(self._by_handle)
@@ -164,7 +216,7 @@ class LiveRequests:
             sampling = dataclasses.replace(request.sampling, seed=secrets.randbits(62))
             request = dataclasses.replace(request, sampling=sampling)
         handle = next(self._next_handle)
-        stream = LiveStream(request, self._abort)
+        stream = LiveStream(request, self._abort, self._announce)
         self._by_handle[handle] = stream
         self._handle_of[request.request_id] = handle
         self._queued[request.request_id] = len(request.prompt_token_ids)
@@ -191,6 +243,18 @@ class LiveRequests:
                 if stream is not None and stream.deaths and stream.first_token_time:
                     record = _across_engines(record, stream.first_token_time)
                 self._on_end(record)
+
+    def _announce(self, stream: LiveStream) -> None:
+        """Readers are called when all that was received at once has been delivered: several steps
+        are one output. For hundreds of streams that is cheaper than to wake a task for each."""
+        if not self._with_news:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._with_news.append(stream)
+
+    def _hand_over(self) -> None:
+        streams, self._with_news = self._with_news, []
+        for stream in streams:
+            stream.hand_over()
 
     def replays(self) -> Iterable[tuple[int, GenerateRequest]]:
         """What to submit to a restarted engine. Fails requests that seem to kill engines."""

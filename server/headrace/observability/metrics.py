@@ -8,7 +8,8 @@ Everything here is called from the event loop of the API process, never from an 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
@@ -114,7 +115,7 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
-        self.registry: CollectorRegistry = _Registry()
+        self.registry: CollectorRegistry = _Registry(self._add_deliveries)
         self._families = {family.name: _build(family, self.registry) for family in _OBSERVED}
         self.registry.register(ResourceCollector())
         self.registry.register(_VllmAliases(self._families))
@@ -133,8 +134,10 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens_total")
         self._cached_tokens = self._counter("prompt_tokens_cached_total")
         self.generation_tokens = self._counter("generation_tokens_total")
+        self.delivered_tokens = 0
+        """Since the last scrape: what happens for every token is added up until somebody asks."""
         self.time_to_first_token = self._histogram("time_to_first_token_seconds")
-        self.inter_token_latency = self._histogram("inter_token_latency_seconds")
+        self.inter_token_latencies = _Tally(self._histogram("inter_token_latency_seconds"))
         self._per_output_token = self._histogram("request_time_per_output_token_seconds")
         self._queue_time = self._histogram("request_queue_time_seconds")
         self._prefill_time = self._histogram("request_prefill_time_seconds")
@@ -260,6 +263,11 @@ class Metrics:
             self._read_engine(self._engine)
         return generate_latest(self.registry)
 
+    def _add_deliveries(self) -> None:
+        self.generation_tokens.inc(self.delivered_tokens)
+        self.delivered_tokens = 0
+        self.inter_token_latencies.flush()
+
     def _labels(self, name: str, values: tuple[str, ...]) -> tuple[str, ...]:
         return (self.model_name, *values) if "model_name" in BY_NAME[name].labels else values
 
@@ -304,15 +312,14 @@ class RequestMeter:
         now = time.monotonic() if now is None else now
         metrics, gap = self._metrics, now - self._last
         if self._delivered:
-            for _ in range(count):
-                metrics.inter_token_latency.observe(gap / count)
+            metrics.inter_token_latencies.add(gap / count, count)
         elif not self._ttft_known:
             metrics.time_to_first_token.observe(gap)
         self._delivered += count
         self._last = now
         # The last outputs are read after the engine's record came, which counted their tokens.
         if not self._closed:
-            metrics.generation_tokens.inc(count)
+            metrics.delivered_tokens += count
             self._counted += count
 
     def close(self, record: Record) -> None:
@@ -338,10 +345,41 @@ class _Resetting:
         return increase
 
 
+class _Tally:
+    """Observations of a histogram that come for every token, added up until somebody asks: a tenth
+    of the time of `observe`."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._bounds: list[float] = histogram._upper_bounds
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def add(self, value: float, count: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def flush(self) -> None:
+        # The library adds one at a time; what it keeps is this.
+        for bucket, count in zip(self._histogram._buckets, self._counts, strict=True):
+            if count:
+                bucket.inc(count)
+        self._histogram._sum.inc(self._sum)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+
 class _Registry(CollectorRegistry):
-    """Leaves out the `_created` series: a line for every counter and histogram, used by few."""
+    """Leaves out the `_created` series: a line for every counter and histogram, used by few.
+
+    `before`: called before anything is read."""
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        super().__init__()
+        self._before = before
 
     def collect(self) -> Iterator[Metric]:
+        self._before()
         for metric in super().collect():
             metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
             yield metric

@@ -32,6 +32,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids - shown if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._unfinished = False
+        self._texts = tokenizer.whole_texts
         self._strip_space = tokenizer.strips_first_space
         self._window: list[int] = []
         self._window_text = ""
@@ -49,11 +51,18 @@ class Detokenizer:
         """The text that `token_id` completes; empty while a character is unfinished."""
         if token_id in self._skip:
             return ""
+        alone = not (self._unfinished or self._strip_space)
+        if alone and (known := self._texts.get(token_id)) is not None:
+            return known
         raw = self._tokenizer.token_bytes(token_id)
         if self._strip_space and raw:
             self._strip_space = False
             raw = raw.removeprefix(b" ")
-        return self._utf8.decode(raw)
+        text = self._utf8.decode(raw)
+        self._unfinished = bool(self._utf8.getstate()[0])
+        if alone and not self._unfinished:
+            self._texts[token_id] = text
+        return text
 
     def _push_window(self, token_id: int) -> str:
         """For decoders that look at neighbours: decode a short window twice and return what is

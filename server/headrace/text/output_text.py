@@ -46,6 +46,8 @@ class OutputText:
 
         `ends`: no token follows these, so that what was held back belongs to the last one.
         """
+        if self._stop is None and not ends:  # nearly always, for every token
+            return list(map(self._detokenizer.push, token_ids))
         texts: list[str] = []
         for position, token_id in enumerate(token_ids, start=1):
             last = ends and position == len(token_ids)

@@ -47,6 +47,8 @@ class Tokenizer:
         self._leading_ids = self._missing_bos()
         self._rule = _decoding_rule(fast)
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts: dict[int, str] = {}
+        """What Detokenizer has found out: the texts of tokens that are whole characters."""
 
     @classmethod
     def from_file(cls, path: str | Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
