@@ -375,13 +375,13 @@ def check_length(num_prompt_tokens: int, max_tokens: int | None, limit: int, *, 
         raise InvalidRequestError("The prompt has no tokens; give it some text.", param=param)
     if num_prompt_tokens >= limit:
         raise ContextLengthExceededError(
-            f"This model's context is {limit} tokens, and the prompt alone has "
+            f"This model's maximum context length is {limit} tokens, and the prompt alone has "
             f"{num_prompt_tokens}; at least one must be left for the output. Shorten the prompt.",
             param=param,
         )
     if max_tokens is not None and num_prompt_tokens + max_tokens > limit:
         raise ContextLengthExceededError(
-            f"This model's context is {limit} tokens, and the request asks for "
+            f"This model's maximum context length is {limit} tokens, and the request asks for "
             f"{num_prompt_tokens + max_tokens} ({num_prompt_tokens} in the prompt, {max_tokens} "
             f"for the output). Shorten the prompt, or ask for at most "
             f"{limit - num_prompt_tokens} output tokens.",

@@ -164,7 +164,7 @@ def _check_size(tokenizer: Tokenizer, prompt: str, limit: int, *, param: str) ->
     fewest = -(-len(prompt) // tokenizer.longest_token)
     if fewest > limit:
         raise ContextLengthExceededError(
-            f"This model's context is {limit} tokens, and the prompt has at least {fewest}. "
-            "Shorten the prompt.",
+            f"This model's maximum context length is {limit} tokens, and the prompt has at least "
+            f"{fewest}. Shorten the prompt.",
             param=param,
         )

@@ -374,9 +374,9 @@ def _check(request: GenerateRequest, info: ModelInfo) -> None:
             )
     elif num_prompt_tokens >= info.max_model_len:
         raise ContextLengthExceededError(
-            f"The prompt has {num_prompt_tokens} tokens, and the model's context of "
-            f"{info.max_model_len} tokens must hold it and at least one output token. "
-            "Shorten the prompt.",
+            f"This model's maximum context length is {info.max_model_len} tokens, and the prompt "
+            f"alone has {num_prompt_tokens}; at least one must be left for the output. Shorten "
+            "the prompt.",
             param="messages",
         )
     if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= info.vocab_size:
