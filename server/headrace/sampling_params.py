@@ -120,6 +120,18 @@ class PoolingParams:
         return self.pooling != "last"
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingBudget:
+    """How long a model may think before its end of thinking is forced."""
+
+    max_tokens: int
+    """Tokens between the two markers."""
+    begin_id: int | None
+    """The marker that the output has to begin with for the rest to be thought; None: the prompt has
+    it already."""
+    end_id: int
+
+
 BACKGROUND_PRIORITY = 2**31 - 1
 """Requests of this priority are computed only in steps in which no other runs."""
 
@@ -154,6 +166,7 @@ class GenerateRequest:
     `%json {...}` and a special token `<name>` or `<[id]>`. Empty: anything."""
     pooling: PoolingParams | None = None
     """Nothing is generated: the request ends with a vector."""
+    thinking: ThinkingBudget | None = None
     resume_token_ids: list[int] = field(default_factory=list)
     """Output tokens already delivered, when a request is replayed on a restarted engine."""
 

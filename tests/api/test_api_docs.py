@@ -112,7 +112,8 @@ def notes(name: str, marks: list[str]) -> Iterator[str]:
     if "accepted" in marks:
         yield HARMLESS[name]
     if "refused" in marks:
-        where = "Chat: " if "honoured" in marks else ""
+        endpoint = "Chat: " if marks[0] == "refused" else "Completions: "
+        where = endpoint if "honoured" in marks else ""
         remedy, *passing = policy_notes(REFUSED[name])
         yield where + remedy
         yield from passing

@@ -29,9 +29,11 @@ def test_the_official_client_has_no_field_that_we_do_not_know(params: Any, body:
 
 
 def test_a_field_has_one_policy() -> None:
-    honoured = set(ChatCompletionRequest.model_fields)
+    """A field that one of the endpoints honours may be refused by the other one."""
+    chat, completions = set(ChatCompletionRequest.model_fields), set(CompletionRequest.model_fields)
     assert not HARMLESS.keys() & REFUSED.keys()
-    assert not honoured & (HARMLESS.keys() | REFUSED.keys())
+    assert not (chat | completions) & HARMLESS.keys()
+    assert not chat & completions & REFUSED.keys()
 
 
 def test_every_honoured_field_has_a_note() -> None:
@@ -56,13 +58,16 @@ async def test_harmless_fields_are_accepted_in_silence(http: httpx.AsyncClient, 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 async def test_refused_fields_are_named_with_a_remedy(http: httpx.AsyncClient, name: str) -> None:
-    response = await http.post(CHAT, json={"messages": MESSAGES, name: {"any": "value"}})
+    path, body = CHAT, {"messages": MESSAGES}
+    if name in ChatCompletionRequest.model_fields:
+        path, body = "/v1/completions", {"prompt": "Hi"}
+    response = await http.post(path, json={**body, name: {"any": "value"}})
     assert response.status_code == 400
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", name)
     assert error["message"].startswith(name) and REFUSED[name].remedy in error["message"]
     for neutral in (None, *REFUSED[name].neutral):
-        response = await http.post(CHAT, json={"messages": MESSAGES, name: neutral})
+        response = await http.post(path, json={**body, name: neutral})
         assert response.status_code == 200, (name, neutral)
 
 

@@ -43,7 +43,7 @@ EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 
 @pytest.fixture
 async def site(site_with: Any) -> Any:
-    made = site_with(template=TEMPLATE)
+    made = site_with(template=TEMPLATE, specials=("<think>", "</think>"))
     made.engine.max_model_len = 4096
     return made
 
@@ -377,6 +377,8 @@ async def test_thinking_that_is_not_shown(
     answer = await ask(http, thinking=thinking, max_tokens=2000)
     assert answer["content"] == [{"type": "text", "text": "Yes."}]
     assert prompt_of(site).endswith("<think></think>") == (thinking["type"] == "disabled")
+    budget = site.engine.requests[-1].thinking
+    assert (budget.max_tokens if budget else None) == thinking.get("budget_tokens")
 
 
 # --- fields -------------------------------------------------------------------------------------

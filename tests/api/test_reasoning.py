@@ -8,6 +8,8 @@ import httpx
 import msgspec
 import pytest
 
+from headrace.sampling_params import ThinkingBudget
+
 CHAT = "/v1/chat/completions"
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 TEMPLATE = (
@@ -133,3 +135,87 @@ async def test_without_a_parser_the_text_stays_as_it_is(site: Any, http: httpx.A
     message, _, usage = await ask(http)
     assert message["content"] == ANSWER
     assert "completion_tokens_details" not in usage
+
+
+# --- how much is thought --------------------------------------------------------------------------
+
+SPECIALS = ("<think>", "</think>")
+
+
+@pytest.mark.parametrize("opens", [False, True])
+async def test_a_budget_reaches_the_engine(site_with: Any, http_to: Any, opens: bool) -> None:
+    site = site_with(template=TEMPLATE, specials=SPECIALS)
+    body = {"messages": MESSAGES, "chat_template_kwargs": {"opens": opens}}
+    begin, end = (site.engine.tokenizer.encode(marker)[0] for marker in SPECIALS)
+    async with http_to(site) as http:
+        for budget in (7, 0, -1, None):
+            response = await http.post(CHAT, json={**body, "thinking_token_budget": budget, "n": 2})
+            assert response.status_code == 200
+            expected = ThinkingBudget(budget or 0, None if opens else begin, end)
+            for request in site.engine.requests[-2:]:
+                assert request.thinking == (None if budget in (-1, None) else expected)
+
+
+@pytest.mark.parametrize(
+    ("template", "specials", "opens", "message"),
+    [
+        ("{{ messages[0].content }}", (), False, "not known to think"),
+        (TEMPLATE, (), False, "</think> is not a token"),
+        (TEMPLATE, ("<think>",), True, "</think> is not a token"),
+        (TEMPLATE, ("</think>",), False, "</think> is not a token"),
+        (TEMPLATE, ("</think>",), True, ""),
+    ],
+)
+async def test_a_budget_that_cannot_be_kept_is_refused(
+    site_with: Any, http_to: Any, template: str, specials: Any, opens: bool, message: str
+) -> None:
+    site = site_with(template=template, specials=specials)
+    body = {
+        "messages": MESSAGES,
+        "thinking_token_budget": 5,
+        "chat_template_kwargs": {"opens": opens},
+    }
+    async with http_to(site) as http:
+        response = await http.post(CHAT, json=body)
+    assert response.status_code == (400 if message else 200)
+    if message:
+        assert response.json()["error"]["param"] == "thinking_token_budget"
+        assert message in response.json()["error"]["message"]
+
+
+EFFORTS = [
+    # what the template looks up, effort, what it gets (None: it is refused)
+    ("reasoning_effort", "high", "high"),
+    ("reasoning_effort", "none", "none"),
+    ("enable_thinking", "none", "False"),
+    ("thinking", "none", "False"),
+    ("enable_thinking", "low", None),
+    ("nothing", "none", None),
+    ("nothing", "low", None),
+]
+
+
+@pytest.mark.parametrize(("variable", "effort", "told"), EFFORTS)
+async def test_effort(
+    site_with: Any, http_to: Any, variable: str, effort: str, told: str | None
+) -> None:
+    site = site_with(template=f"{{{{ {variable} }}}}<think></think>")
+    async with http_to(site) as http:
+        response = await http.post(CHAT, json={"messages": MESSAGES, "reasoning_effort": effort})
+        assert response.status_code == (400 if told is None else 200)
+        if told is None:
+            assert response.json()["error"]["param"] == "reasoning_effort"
+            return
+        given = {"reasoning_effort": effort, "chat_template_kwargs": {variable: "mine"}}
+        assert (await http.post(CHAT, json={"messages": MESSAGES, **given})).status_code == 200
+    prompts = [site.engine.tokenizer.decode(r.prompt_token_ids) for r in site.engine.requests]
+    assert [prompt.split("<think>")[0] for prompt in prompts] == [told, "mine"]
+
+
+async def test_a_model_that_does_not_think_makes_no_effort(
+    http: httpx.AsyncClient, site: Any
+) -> None:
+    site.model.text.choose_parsers(reasoning="none")
+    for effort, status in (("none", 200), ("low", 400), ("much", 400)):
+        response = await http.post(CHAT, json={"messages": MESSAGES, "reasoning_effort": effort})
+        assert response.status_code == status

@@ -19,7 +19,7 @@ from headrace.engine.request import UNKNOWN_TOKEN, RunningRequests
 from headrace.engine.sampler import NO_TOKEN, SamplingBatch
 from headrace.engine.sampling_batch import sampling_columns
 from headrace.engine.scheduler import Scheduler
-from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace.sampling_params import GenerateRequest, SamplingParams, ThinkingBudget
 
 VOCAB_SIZE = 1000
 EOS = 999
@@ -140,6 +140,8 @@ def choose(history: list[int], num_prompt_tokens: int, columns: SamplingBatch, i
     for biased, at in zip(ids, values, strict=True):
         if len(history) == num_prompt_tokens + at:
             token = {BROKEN: NO_TOKEN, EOS: EOS}[int(biased)]
+    if index in columns.allowed and token not in columns.allowed[index]:
+        token = int(columns.allowed[index][0])
     allowed = np.ones(VOCAB_SIZE, np.uint8)
     if (mask := columns.masks.get(index)) is not None:
         allowed = np.unpackbits(mask.view(np.uint8), count=VOCAB_SIZE, bitorder="little")
@@ -177,6 +179,7 @@ class Harness:
         deadline: float | None = None,
         resume: Sequence[int] = (),
         banned: Sequence[list[int]] = (),
+        thinking: ThinkingBudget | None = None,
         grammar: str = "",
         broken_at: int | None = None,
         eos_at: int | None = None,
@@ -198,6 +201,7 @@ class Harness:
                 deadline=deadline,
                 resume_token_ids=list(resume),
                 banned_sequences=list(banned),
+                thinking=thinking,
                 grammar=grammar,
             ),
             handle,

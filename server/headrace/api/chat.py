@@ -27,6 +27,7 @@ from headrace.api.generation import (
 from headrace.api.model_table import ServedModel
 from headrace.api.prompts import Truncation, check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
+from headrace.api.reasoning import template_kwargs, thinking_budget
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
 from headrace.api.structured_output import output_grammar
@@ -77,7 +78,7 @@ async def chat_prompt(request: Request, body: ChatCompletionRequest) -> ChatProm
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
         tools=use.tools if use else (),
-        kwargs=body.chat_template_kwargs,
+        kwargs=template_kwargs(body.chat_template_kwargs, body.reasoning_effort, text),
         truncation=Truncation.of(body, info),
     )
     return ChatPrompt(model, use, token_ids)
@@ -109,8 +110,20 @@ async def start_chat(
     reader = message_reader(body, text, prompt.token_ids, use)
     grammar = answer_grammar(content, reader, sampling, text.tokenizer)
     shown = text.tokenizer.special_ids_of(reader.markers) if reader else frozenset[int]()
+    thinking = thinking_budget(
+        body.thinking_token_budget,
+        text.reasoning,
+        text.tokenizer,
+        begun=reader is not None and reader.begun,
+    )
     generation = start(
-        prompt.model, [prompt.token_ids], sampling, context, shown=shown, grammar=grammar
+        prompt.model,
+        [prompt.token_ids],
+        sampling,
+        context,
+        shown=shown,
+        grammar=grammar,
+        thinking=thinking,
     )
     constrained = grammar is not None
     return ChatTurn(body, prompt.model, text, reader, context, generation, constrained)

@@ -49,7 +49,7 @@ REFUSED: dict[str, Refused] = {
     "functions": Refused(_TOOLS, ([],)),
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
     "moderation": Refused(_OMIT),
-    "reasoning_effort": Refused("If the chat template knows it, set it in chat_template_kwargs."),
+    "reasoning_effort": Refused("Put it into the prompt, which is taken as it is."),
     "service_tier": Refused('There is one tier: "auto" or "default".', ("auto", "default")),
     "store": Refused("Nothing is stored; leave it out or set it to false.", (False,)),
     "suffix": Refused("Insertion is not supported; put everything into the prompt.", ("",)),
@@ -77,7 +77,7 @@ REFUSED: dict[str, Refused] = {
     "repetition_detection": Refused(_OMIT),
     "stop_regex": Refused("Use stop."),
     "stream_interval": Refused("One event is sent per token; leave it out.", (1,)),
-    "thinking_token_budget": Refused("Use max_tokens."),
+    "thinking_token_budget": Refused("Only chat tells thinking apart; use max_tokens."),
     "typical_p": Refused("Use top_p or min_p.", (1.0,)),
     "vllm_xargs": Refused(_OMIT, ({},)),
     "use_beam_search": Refused("Use n with a temperature above 0.", (False,)),
@@ -109,6 +109,7 @@ HONOURED: dict[str, str] = {
     "tools": "Functions, at most 512. Calls of strict ones always match their parameters.",
     "tool_choice": "none, auto, required, a named function or allowed_tools; forced calls match.",
     "parallel_tool_calls": "false: one call at most.",
+    "reasoning_effort": "Where the chat template knows efforts; none where it knows a switch.",
     "response_format": "text, json_object or json_schema; strict or not, the output always fits.",
     # Extensions
     "structured_outputs": "One of json, regex, choice, grammar, json_object.",
@@ -142,6 +143,7 @@ HONOURED: dict[str, str] = {
     "add_generation_prompt": "The template opens the answer.",
     "continue_final_message": "The answer goes on where the last message ends.",
     "chat_template_kwargs": "Further variables for the chat template, such as enable_thinking.",
+    "thinking_token_budget": "Its end is forced after so many tokens of thinking; -1: no limit.",
     "include_reasoning": "false: what the model thinks is dropped.",
 }
 

@@ -37,7 +37,7 @@ from headrace.errors import (
     OverloadedError,
     UnavailableError,
 )
-from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace.sampling_params import GenerateRequest, SamplingParams, ThinkingBudget
 from headrace.text.message_text import MessagePiece
 from headrace.text.output_text import OutputText
 from headrace.text.tokenizer import Tokenizer
@@ -308,9 +308,10 @@ def start(
     *,
     shown: frozenset[int] = frozenset(),
     grammar: OutputGrammar | None = None,
+    thinking: ThinkingBudget | None = None,
 ) -> Generation:
     """Submit every prompt n times. `shown`: special tokens that are part of the text. `grammar`:
-    what each output must be.
+    what each output must be. `thinking`: how long it may be thought before.
 
     Raises what EngineClient.submit raises; then nothing is left submitted.
     """
@@ -337,6 +338,7 @@ def start(
                     banned_sequences=banned,
                     trace_context=context.trace_context,
                     grammar="" if grammar is None else grammar.text,
+                    thinking=thinking,
                 )
                 stream = model.client.submit(request)
                 choice = Choice(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from headrace.api.reasoning import ReasoningFields
 from headrace.api.structured_output import StructuredFields
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
 from headrace.sampling_params import SamplingParams
@@ -237,14 +238,13 @@ class _ChatPrompt(_Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class ChatCompletionRequest(_GenerationBody, _ChatPrompt):
+class ChatCompletionRequest(ReasoningFields, _GenerationBody, _ChatPrompt):
     messages: Messages
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    include_reasoning: bool | None = None
 
     def check_combinations(self) -> None:
         super().check_combinations()

@@ -388,6 +388,7 @@ def _check(request: GenerateRequest, info: ModelInfo) -> None:
         ("stop_token_ids", sampling.stop_token_ids),
         ("logit_bias", tuple(sampling.logit_bias or ())),
         ("allowed_token_ids", sampling.allowed_token_ids or ()),
+        ("thinking_token_budget", (request.thinking.end_id,) if request.thinking else ()),
         ("bad_words", tuple(itertools.chain.from_iterable(request.banned_sequences))),
     ):
         unknown = [token_id for token_id in ids if not 0 <= token_id < info.vocab_size]

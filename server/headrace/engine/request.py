@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from headrace.engine.client import FinishReason, RequestRecord, TokenLogprobs
 from headrace.engine.grammar import Constraint
 from headrace.engine.token_masks import TokenMasks
-from headrace.engine.token_rules import BannedSequences
+from headrace.engine.token_rules import BannedSequences, ThinkingEnd
 from headrace.sampling_params import BACKGROUND_PRIORITY, GenerateRequest, SamplingParams
 
 IntArray = NDArray[np.int32]
@@ -49,6 +49,7 @@ class Request:
     allowed_token_ids: LongArray | None = None
     """The only tokens that can be sampled, if that was asked for."""
     banned: BannedSequences | None = None
+    thinking_end: ThinkingEnd | None = None
     constraint: Constraint | None = None
     """Its place in its grammar, after the tokens that are known."""
     undelivered: list[int] = field(default_factory=list)
@@ -102,6 +103,7 @@ class Request:
             stop_token_ids=eos.union(sampling.stop_token_ids),
             allowed_token_ids=None if allowed is None else np.array(allowed, np.int64),
             banned=BannedSequences(source.banned_sequences) if source.banned_sequences else None,
+            thinking_end=None if source.thinking is None else ThinkingEnd(source.thinking),
             constraint=constraint,
             undelivered=forced,
         )
@@ -188,13 +190,13 @@ class RunningRequests:
         self.stop_bits = np.zeros(rows, np.uint64)
         # The length below which the tokens that end a row are banned.
         self.min_total_tokens: IntArray = np.zeros(rows, np.int32)
-        # The host prepares each token's logits from all tokens before it.
-        self.needs_known_tokens = np.zeros(rows, np.bool_)
+        # The length from which on the host prepares a token's logits from all tokens before it.
+        self.needs_known_from: IntArray = np.zeros(rows, np.int32)
 
         # Rows that need more than columns can say; empty sets cost an all-default step nothing.
         self.penalized: set[int] = set()
         self.biased: set[int] = set()
-        self.restricted: set[int] = set()  # to allowed_token_ids, or by banned sequences
+        self.restricted: set[int] = set()  # to allowed_token_ids, by banned sequences or a budget
         self.constrained: set[int] = set()  # by a grammar
         self.with_min_tokens: set[int] = set()
         self.with_stop_tokens: set[int] = set()
@@ -236,7 +238,8 @@ class RunningRequests:
         background only on demand."""
         can = self.active & (self.num_tokens < self.max_total_tokens)
         if self.penalized or self.restricted or self.constrained:
-            can &= ~(self.needs_known_tokens & (self.num_known_tokens < self.num_tokens))
+            needs_known = self.num_tokens >= self.needs_known_from
+            can &= ~(needs_known & (self.num_known_tokens < self.num_tokens))
         if self.background and not background:
             can[list(self.background)] = False
         return np.flatnonzero(can)
@@ -316,12 +319,18 @@ class RunningRequests:
         banned = request.banned
         looks_back = banned is not None and banned.looks_back
         constrained = request.constraint is not None
-        self.needs_known_tokens[row] = penalized or looks_back or constrained
+        thinking = request.source.thinking
+        self.needs_known_from[row] = request.max_total_tokens  # never
+        if penalized or looks_back or constrained:
+            self.needs_known_from[row] = 0
+        elif thinking is not None:
+            length = request.num_prompt_tokens + thinking.max_tokens
+            self.needs_known_from[row] = min(length, request.max_total_tokens)
         if constrained:
             self.constrained.add(row)
         if penalized:
             self.penalized.add(row)
-        if request.allowed_token_ids is not None or banned is not None:
+        if request.allowed_token_ids is not None or banned is not None or thinking is not None:
             self.restricted.add(row)
         if sampling.logit_bias:
             self.biased.add(row)

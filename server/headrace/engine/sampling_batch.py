@@ -70,6 +70,11 @@ def _rarities(
             output = running.token_ids[row, running.num_prompt_tokens[row] : positions[index]]
             if len(ids := request.banned.next_to(output)):
                 banned[index] = np.concatenate((banned[index], ids)) if index in banned else ids
+        if request.thinking_end is not None:
+            output = running.token_ids[row, running.num_prompt_tokens[row] : positions[index]]
+            if (forced := request.thinking_end.next_to(output)) is not None:
+                allowed[index] = forced
+                banned.pop(index, None)
     return {
         "penalized": penalized,
         "logit_bias": logit_bias,

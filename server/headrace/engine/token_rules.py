@@ -1,4 +1,7 @@
-"""Which tokens a request may not sample, in arrays that a step can use as they are."""
+"""Which tokens a request may not sample, or must, in arrays that a step can use as they are.
+
+All follows from the tokens of the output, so that it outlives preemption and replay.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from headrace.sampling_params import ThinkingBudget
 
 LongArray = NDArray[np.int64]
 
@@ -39,6 +44,26 @@ class BannedSequences:
             if np.array_equal(output_ids[-len(sequence) + 1 :], sequence[:-1])
         }
         return np.concatenate((self._always, _ids(completing))) if completing else self._always
+
+
+class ThinkingEnd:
+    """The marker that ends what a model thinks, when its budget is used up."""
+
+    def __init__(self, budget: ThinkingBudget) -> None:
+        self._budget = budget
+        self._end = np.array([budget.end_id], np.int64)
+
+    def next_to(self, output_ids: NDArray[np.integer]) -> LongArray | None:
+        """[1] the only token that may follow `output_ids`; None: any may. Looks at tokens behind
+        the first one only when there are `max_tokens` of them."""
+        begin_id = self._budget.begin_id
+        if begin_id is not None:
+            if not len(output_ids) or output_ids[0] != begin_id:
+                return None
+            output_ids = output_ids[1:]
+        if len(output_ids) < self._budget.max_tokens or self._budget.end_id in output_ids:
+            return None
+        return self._end
 
 
 def _ids(token_ids: set[int]) -> LongArray:

@@ -50,11 +50,16 @@ class ChatTemplate:
         try:
             self._template = _Sandbox().from_string(source)
             self._tool_template = _Sandbox().from_string(self.tool_source)
-            tree = _Sandbox().parse(self.tool_source)
+            trees = [_Sandbox().parse(text) for text in (source, self.tool_source)]
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"The model's chat template does not compile: {error}") from error
-        names = (name for name in tree.find_all(nodes.Name) if name.ctx == "load")
-        self.takes_tools = any(name.name == "tools" for name in names)
+        loaded = [
+            {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+            for tree in trees
+        ]
+        self.variables = frozenset().union(*loaded)
+        """All names that are looked up in it."""
+        self.takes_tools = "tools" in loaded[1]
 
     def render(
         self,
