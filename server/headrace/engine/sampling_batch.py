@@ -8,7 +8,7 @@ import numpy as np
 
 from headrace.engine.request import IntArray, LongArray, RunningRequests
 from headrace.engine.sampler import SamplingBatch
-from headrace.engine.token_masks import MaskArray, without
+from headrace.engine.token_masks import MaskArray, allows, without
 
 
 def sampling_columns(
@@ -72,7 +72,9 @@ def _rarities(
                 banned[index] = np.concatenate((banned[index], ids)) if index in banned else ids
         if request.thinking_end is not None:
             output = running.token_ids[row, running.num_prompt_tokens[row] : positions[index]]
-            if (forced := request.thinking_end.next_to(output)) is not None:
+            forced = request.thinking_end.next_to(output)
+            # A grammar has half a character finished before.
+            if forced is not None and (index not in masks or allows(masks[index], int(forced[0]))):
                 allowed[index] = forced
                 banned.pop(index, None)
     return {

@@ -64,6 +64,10 @@ class TokenMasks:
         return masks
 
 
+def allows(mask: MaskArray, token_id: int) -> bool:
+    return bool(int(mask[token_id // BITS]) >> token_id % BITS & 1)
+
+
 def without(mask: MaskArray, token_ids: Collection[int]) -> MaskArray:
     """The mask without these tokens, if it has others."""
     less = mask.copy()
