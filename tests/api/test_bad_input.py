@@ -147,7 +147,9 @@ async def test_bad_fields_are_named(
         ({"prompt": ["a"] * 100, "n": 3}, "n", "more than 256 choices"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "must be in [1,"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "must be in [0, 20]"),
-        ({"prompt": "a", "best_of": 3}, "best_of", "equals n"),
+        ({"prompt": "a", "best_of": 3, "stream": True}, "best_of", "not supported with stream"),
+        ({"prompt": "a", "best_of": 2, "n": 3}, "best_of", "must be in [n, 128]"),
+        ({"prompt": "a", "best_of": 10**9}, "best_of", "must be in [n, 128]"),
     ],
 )
 async def test_bad_completion_fields(

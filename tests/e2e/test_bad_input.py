@@ -117,7 +117,7 @@ def test_malformed_json(tiny_server: Server, path: str, body: bytes, code: str) 
         (COMPLETIONS, {"prompt": "Hi", "logprobs": 1000}, "logprobs"),
         (COMPLETIONS, {"prompt": "Hi", "seed": 2**70}, "seed"),
         (COMPLETIONS, {"prompt": "Hi", "stream": "yes"}, "stream"),
-        (COMPLETIONS, {"prompt": "Hi", "best_of": 3}, "best_of"),
+        (COMPLETIONS, {"prompt": "Hi", "best_of": 3, "stream": True}, "best_of"),
         ("/tokenize", {}, "prompt"),
         ("/detokenize", {"tokens": [0, 10**6]}, "tokens[1]"),
     ],

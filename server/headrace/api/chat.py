@@ -13,6 +13,8 @@ from fastapi import Request, Response
 
 from headrace.api import logprobs
 from headrace.api.answer_grammar import answer_grammar
+from headrace.api.beam_generation import begin
+from headrace.api.beam_search import beam_settings
 from headrace.api.body import receive
 from headrace.api.chat_message import ChoiceMessage, MessageReader, message_reader, text_fields
 from headrace.api.generation import (
@@ -22,7 +24,6 @@ from headrace.api.generation import (
     TextDelta,
     Usage,
     new_id,
-    start,
 )
 from headrace.api.model_table import ServedModel
 from headrace.api.prompts import Truncation, check_lengths, encode_chat
@@ -98,6 +99,7 @@ async def start_chat(
     submitted. Call it within `Services.counting_rejections`.
     """
     sampling = body.sampling()
+    beams = beam_settings(body, sampling, stream=bool(body.stream))
     prompt = await chat_prompt(request, body)
     text, info = prompt.model.loaded()
     room = info.max_model_len - len(prompt.token_ids)
@@ -116,11 +118,12 @@ async def start_chat(
         text.tokenizer,
         begun=reader is not None and reader.begun,
     )
-    generation = start(
+    generation = begin(
         prompt.model,
         [prompt.token_ids],
         sampling,
         context,
+        beams,
         shown=shown,
         grammar=grammar,
         thinking=thinking,

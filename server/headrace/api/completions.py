@@ -11,6 +11,8 @@ from typing import Any
 from fastapi import Request, Response
 
 from headrace.api import logprobs
+from headrace.api.beam_generation import begin
+from headrace.api.beam_search import beam_settings
 from headrace.api.body import receive
 from headrace.api.generation import (
     Choice,
@@ -20,7 +22,6 @@ from headrace.api.generation import (
     Usage,
     check_choices,
     new_id,
-    start,
 )
 from headrace.api.logprobs import CompletionLogprobs
 from headrace.api.prompts import Truncation, check_lengths, encode_prompt
@@ -42,6 +43,7 @@ async def create_completion(request: Request) -> Response:
         model = services.models.find(body.model)
         text, info = model.loaded_for(Task.GENERATE)
         sampling = body.sampling()
+        beams = beam_settings(body, sampling, stream=bool(body.stream))
         check_choices(body.num_prompts, sampling.n)  # before they are tokenized
         prompts = await encode_prompt(
             text,
@@ -53,7 +55,7 @@ async def create_completion(request: Request) -> Response:
         check_lengths(prompts, sampling.max_tokens, info, param="prompt")
         context = RequestContext.of(request, body, new_id("cmpl"))
         grammar = output_grammar(body, sampling)
-        generation = start(model, prompts, sampling, context, grammar=grammar)
+        generation = begin(model, prompts, sampling, context, beams, grammar=grammar)
     reply = CompletionReply(
         body,
         response_id=context.response_id,
@@ -71,11 +73,14 @@ class CompletionReply(Reply):
     def __init__(self, body: CompletionRequest, **frame: Any) -> None:
         super().__init__(body, **frame)
         self._body = body
-        self._n = body.n or 1
+        self._tried = body.num_tried
+        self._scores: dict[int, float] = {}
         self._logprobs: dict[int, CompletionLogprobs] = {}
 
     def choice(self, choice: Choice, deltas: list[TextDelta]) -> dict[str, Any]:
         deltas = self._wanted(deltas)
+        entries = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+        self._scores[choice.index] = sum(entry.logprob for entry in entries)
         shaped: dict[str, Any] = {
             "index": choice.index,
             "text": self._echo(choice) + "".join(delta.text for delta in deltas),
@@ -83,6 +88,22 @@ class CompletionReply(Reply):
             "finish_reason": choice.finish_reason,
         }
         return self._with_prompt(shaped, choice, deltas, first=True)
+
+    async def answer(self, generation: Generation) -> dict[str, Any]:
+        """Of `best_of` choices for each prompt the n of highest log-probability, best first."""
+        answer = await super().answer(generation)
+        n = self._body.n or 1
+        if self._tried > n:
+            choices = answer["choices"]
+            best: list[dict[str, Any]] = []
+            for first in range(0, len(choices), self._tried):
+                ranked = sorted(
+                    choices[first : first + self._tried],
+                    key=lambda choice: -self._scores[choice["index"]],
+                )
+                best += ranked[:n]
+            answer["choices"] = [{**choice, "index": i} for i, choice in enumerate(best)]
+        return answer
 
     def chunk_choice(self, choice: Choice, delta: TextDelta, *, first: bool) -> dict[str, Any]:
         deltas = self._wanted([delta])
@@ -127,7 +148,7 @@ class CompletionReply(Reply):
         prompt = self._body.prompt
         if isinstance(prompt, str):
             return prompt
-        sent = prompt[choice.index // self._n]
+        sent = prompt[choice.index // self._tried]
         return sent if isinstance(sent, str) else self._tokenizer.decode(choice.prompt_token_ids)
 
     def _take_logprobs(

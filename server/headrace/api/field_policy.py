@@ -44,7 +44,7 @@ _TEXT_ONLY = "Only text goes in and out; leave it out."
 REFUSED: dict[str, Refused] = {
     # OpenAI
     "audio": Refused(_TEXT_ONLY),
-    "best_of": Refused("Ask for n choices and rank them.", (1,)),
+    "best_of": Refused("/v1/completions has it.", (1,)),
     "function_call": Refused(_TOOLS, ("none", "auto")),
     "functions": Refused(_TOOLS, ([],)),
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
@@ -63,9 +63,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "ec_transfer_params": Refused(_OMIT),
     "echo": Refused("Chat does not repeat its messages; /v1/completions has echo.", (False,)),
-    "early_stopping": Refused("Beam search is not supported; leave it out.", (False,)),
     "kv_transfer_params": Refused(_OMIT),
-    "length_penalty": Refused("Beam search is not supported; leave it out.", (1.0,)),
     "logprob_token_ids": Refused("Use top_logprobs, or logprobs of /v1/completions.", ([],)),
     "logits_processors": Refused("Use logit_bias and the penalties.", ([],)),
     "max_new_tokens": Refused("Call it max_tokens."),
@@ -80,7 +78,6 @@ REFUSED: dict[str, Refused] = {
     "thinking_token_budget": Refused("Only chat tells thinking apart; use max_tokens."),
     "typical_p": Refused("Use top_p or min_p.", (1.0,)),
     "vllm_xargs": Refused(_OMIT, ({},)),
-    "use_beam_search": Refused("Use n with a temperature above 0.", (False,)),
 }
 
 
@@ -105,7 +102,7 @@ HONOURED: dict[str, str] = {
     "logprobs": "Chat: true or false; completions: 0 to 20. Of the model's own distribution.",
     "top_logprobs": "0 to 20; needs logprobs.",
     "echo": "The prompt comes first; with logprobs its log-probabilities, too.",
-    "best_of": "Only equal to n.",
+    "best_of": "So many choices are made, and the n of highest log-probability told; no stream.",
     "tools": "Functions, at most 512. Calls of strict ones always match their parameters.",
     "tool_choice": "none, auto, required, a named function or allowed_tools; forced calls match.",
     "parallel_tool_calls": "false: one call at most.",
@@ -136,6 +133,9 @@ HONOURED: dict[str, str] = {
     "truncation_side": "Where tokens are cut off: left (so if left out) or right.",
     "priority": "Lower is served first.",
     "cache_salt": "Prefixes are shared only with requests of the same salt.",
+    "use_beam_search": "The n best sequences of a beam search of width n; no stream.",
+    "length_penalty": "Beam search: divides by length to its power; -16 to 16.",
+    "early_stopping": 'Beam search: true: n sequences are enough. "never": none better can come.',
     "return_token_ids": "token_ids with each choice, and prompt_token_ids.",
     "return_tokens_as_token_ids": "Log-probabilities name tokens as token_id:N.",
     "strict_fields": "true: unknown fields are refused.",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from headrace.api.beam_search import BeamFields
 from headrace.api.reasoning import ReasoningFields
 from headrace.api.structured_output import StructuredFields
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
@@ -106,7 +107,7 @@ class StreamOptions(_Body):
     """Accepted; no padding is sent."""
 
 
-class _GenerationBody(StructuredFields, _Body):
+class _GenerationBody(StructuredFields, BeamFields, _Body):
     """What both endpoints share. null is the same as leaving a field out."""
 
     model: str | None = None
@@ -272,11 +273,20 @@ class CompletionRequest(_GenerationBody):
 
     def check_combinations(self) -> None:
         super().check_combinations()
-        if self.best_of is not None and self.best_of != (self.n or 1):
+        n = self.n or 1
+        if self.best_of is not None and not n <= self.best_of <= 128:
+            raise InvalidRequestError("best_of must be in [n, 128].", param="best_of")
+        if self.num_tried > n and (self.stream or self.use_beam_search):
             raise UnsupportedParameterError(
-                "best_of is only supported when it equals n; ask for n choices and rank them.",
+                "best_of above n is not supported with stream or use_beam_search: the best of all "
+                "choices are known at the end only. Leave it out.",
                 param="best_of",
             )
+
+    @property
+    def num_tried(self) -> int:
+        """Choices that are made for each prompt, of which the best n are told."""
+        return self.best_of or self.n or 1
 
     @property
     def num_prompts(self) -> int:
@@ -290,7 +300,9 @@ class CompletionRequest(_GenerationBody):
 
     def sampling(self) -> SamplingParams:
         """Raises InvalidRequestError for a value out of range."""
-        values: dict[str, Any] = {"logprobs": self.logprobs}
+        values: dict[str, Any] = {"logprobs": self.logprobs, "n": self.num_tried}
+        if self.num_tried > (self.n or 1) and self.logprobs is None:
+            values["logprobs"] = 0  # to rank by
         if self.echo and self.logprobs is not None:
             values["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         if self.echo_only:

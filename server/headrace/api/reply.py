@@ -82,7 +82,7 @@ class Reply(ABC):
         """Run `generation` and answer with it. The generation ends if the client goes away."""
         headers = {"headrace-sampling": _encode(generation.sampling_in_effect()).decode()}
         if not self._stream:
-            answer = await unless_disconnected(request.receive, self._answer(generation))
+            answer = await unless_disconnected(request.receive, self.answer(generation))
             if (timing := generation.usage.timing) is not None:
                 headers["server-timing"] = server_timing(timing)
             return Response(_encode(answer), headers=headers, media_type="application/json")
@@ -97,7 +97,8 @@ class Reply(ABC):
         limit = services_of(request).config.max_unsent_bytes
         return EventStream(produce, max_unsent=limit, headers=headers)
 
-    async def _answer(self, generation: Generation) -> dict[str, Any]:
+    async def answer(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer, when the generation has ended."""
         deltas: dict[int, list[TextDelta]] = {choice.index: [] for choice in generation.choices}
         await generation.run(lambda choice, more: deltas[choice.index].extend(more))
         return {
