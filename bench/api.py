@@ -38,6 +38,7 @@ from bench.peers.record import command, markdown
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("uvicorn", "uvloop", "httptools", "starlette", "fastapi", "pydantic", "msgspec")
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SWEEP = 0.004  # seconds between two looks of the client at hundreds of streams
 THOUGHT, CALLED = 1, 2  # seeds of scripted answers
 ANSWERS = {
     THOUGHT: "<think>"
@@ -270,7 +271,8 @@ def measure(args: argparse.Namespace, trees: dict[str, Path], scratch: Path) -> 
                     sent = asks(load, args.seed + number)
                     if number == 0:  # caches fill
                         sent = sent[: load.connections]
-                    cost = run(server.url, server.pid, sent, load.connections)
+                    pause = SWEEP if load.tokens > 1 else 0.0
+                    cost = run(server.url, server.pid, sent, load.connections, pause)
                     if number:
                         results[load.name, label].costs.append(cost)
             print(f"round {number} of {args.rounds}", file=sys.stderr, flush=True)

@@ -104,8 +104,12 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)
 
 
-def run(url: str, pid: int, asks: Sequence[Ask], connections: int) -> Cost:
-    """Send all of `asks`, each connection the next one as soon as its answer is complete."""
+def run(url: str, pid: int, asks: Sequence[Ask], connections: int, pause: float = 0.0) -> Cost:
+    """Send all of `asks`, each connection the next one as soon as its answer is complete.
+
+    pause: seconds between two looks at the sockets. With many streams the client then reads several
+    events of each at once, and does not slow the load down; the server writes them all the same.
+    """
     parts = urlsplit(url)
     address = (parts.hostname or "", parts.port or 80)
     waiting = list(reversed(asks))
@@ -120,6 +124,7 @@ def run(url: str, pid: int, asks: Sequence[Ask], connections: int) -> Cost:
         left = len(asks)
         try:
             while left:
+                time.sleep(pause)
                 ready = selector.select(PATIENCE)
                 if not ready:
                     raise LoadError(f"nothing came for {PATIENCE:.0f} s")
