@@ -16,7 +16,7 @@ from headrace.api.store import Store, read_chunks
 from headrace.sampling_params import BACKGROUND_PRIORITY
 
 RESPONSES = "/v1/responses"
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", RESPONSES)
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/embeddings")
 MAX_LINES = 50_000
 MAX_BLANK_LINES = 1_000_000
 MAX_CUSTOM_ID = 512

@@ -14,6 +14,12 @@ from headrace.api.batches import BatchRequest
 from headrace.api.field_policy import HONOURED
 from headrace.api.messages_protocol import HONOURED as HONOURED_IN_MESSAGES
 from headrace.api.messages_protocol import CountTokensRequest, MessagesRequest
+from headrace.api.pooling_protocol import (
+    EmbeddingRequest,
+    ModerationRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from headrace.api.protocol import (
     ApplyTemplateRequest,
     ChatCompletionRequest,
@@ -31,6 +37,13 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
     "/v1/batches": BatchRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/rerank": RerankRequest,
+    "/v2/rerank": RerankRequest,
+    "/rerank": RerankRequest,
+    "/v1/score": ScoreRequest,
+    "/score": ScoreRequest,
+    "/v1/moderations": ModerationRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/apply-template": ApplyTemplateRequest,

@@ -193,6 +193,13 @@ class RunningRequests:
         # The length from which on the host prepares a token's logits from all tokens before it.
         self.needs_known_from: IntArray = np.zeros(rows, np.int32)
 
+        self._make_side_sets()
+        self.token_masks = TokenMasks()
+        """What grammars allow in the step that is launched."""
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._free_rows = list(range(rows - 1, -1, -1))
+
+    def _make_side_sets(self) -> None:
         # Rows that need more than columns can say; empty sets cost an all-default step nothing.
         self.penalized: set[int] = set()
         self.biased: set[int] = set()
@@ -214,10 +221,6 @@ class RunningRequests:
             self.pooled,
             self.background,
         )
-        self.token_masks = TokenMasks()
-        """What grammars allow in the step that is launched."""
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self._free_rows = list(range(rows - 1, -1, -1))
 
     @property
     def has_room(self) -> bool:

@@ -196,10 +196,11 @@ class Metrics:
         if record.first_token_time:
             self._prefill_time.observe(record.first_token_time - record.scheduled_time)
         if record.finish_reason in _COMPLETED:
-            decode = record.finished_time - record.first_token_time
-            self._decode_time.observe(decode)
             self._inference_time.observe(record.finished_time - record.scheduled_time)
             self._e2e_latency.observe(record.finished_time - record.arrival_time)
+        if record.finish_reason in _COMPLETED and record.first_token_time:
+            decode = record.finished_time - record.first_token_time
+            self._decode_time.observe(decode)
             if record.output_tokens > 1:
                 self._per_output_token.observe(decode / (record.output_tokens - 1))
 

@@ -68,6 +68,52 @@ class Tokenizer:
         ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
         return [*self._leading_ids, *ids] if add_special_tokens and self._leading_ids else ids
 
+    def encode_within(
+        self,
+        text: str,
+        limit: int | None,
+        *,
+        keeps_end: bool = False,
+        add_special_tokens: bool = True,
+    ) -> list[int]:
+        """At most `limit` tokens: what is too much of the text is left out, special tokens stay."""
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        leading: list[int] = self._leading_ids if add_special_tokens else []
+        if limit is not None:
+            special = self._fast.num_special_tokens_to_add(False) if add_special_tokens else 0
+            room = max(limit - special - len(leading), 0)
+            encoding.truncate(room, direction="left" if keeps_end else "right")
+        ids: list[int] = self._fast.post_process(encoding, None, add_special_tokens).ids
+        return [*leading, *ids][:limit]
+
+    def encode_pair(
+        self,
+        first: str,
+        second: str,
+        limit: int | None = None,
+        *,
+        max_second: int | None = None,
+        keeps_end: bool = False,
+    ) -> tuple[list[int], int | None]:
+        """Two texts as one sequence with special tokens, and where the second one begins, if the
+        tokenizer gives the two different types.
+
+        Of more than `limit` tokens the longer text loses its own, until both are of one length.
+        `max_second` cuts the second text before that.
+        """
+        encodings = [self._fast.encode(text, add_special_tokens=False) for text in (first, second)]
+        direction = "left" if keeps_end else "right"
+        if max_second is not None:
+            encodings[1].truncate(max_second, direction=direction)
+        if limit is not None:
+            room = max(limit - self._fast.num_special_tokens_to_add(True), 0)
+            kept = _shares(len(encodings[0]), len(encodings[1]), room)
+            for encoding, most in zip(encodings, kept, strict=True):
+                encoding.truncate(most, direction=direction)
+        whole = self._fast.post_process(encodings[0], encodings[1], True)
+        types: list[int] = whole.type_ids
+        return whole.ids[:limit], types.index(1) if 1 in types else None
+
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
     ) -> list[list[int]]:
@@ -140,6 +186,14 @@ class Tokenizer:
         if not self.config.get("add_bos_token") or self.bos_id is None:
             return []
         return [] if self.bos_id in self._fast.encode("").ids else [self.bos_id]
+
+
+def _shares(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of two texts stay where both have `room`: the longer one loses first."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second, room // 2)
+    return (shorter, room - shorter) if first <= second else (room - shorter, shorter)
 
 
 class _DecodingRule:
