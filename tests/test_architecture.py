@@ -25,7 +25,13 @@ SOURCE_ROOTS = {"headrace": ROOT / "server", "headrace_kernels": ROOT / "kernels
 # module of a part.
 VALUES = {"errors", "sampling_params", "config", "observability"}
 # What the API process loads of the engine; the rest needs torch.
-CLIENT_SIDE = {"engine.client", "engine.live_requests", "engine.process_client"}
+CLIENT_SIDE = {
+    "engine.client",
+    "engine.live_requests",
+    "engine.process_client",
+    "engine.attached_client",
+    "engine.queue_board",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "sampling_params": {"errors"},
@@ -372,7 +378,9 @@ def test_the_engine_imports_with_few_packages() -> None:
     names = {re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]}  # type: ignore[index]
     package_of = {name: package for package, name in DISTRIBUTION_OF.items()}
     banned = {package_of.get(name, name.replace("-", "_")) for name in names}
-    served_only = {"channel", "process", "process_client", "wire"}
+    served_only = {"attached_client", "channel", "process", "process_client", "socket_client"} | {
+        "wire"
+    }
     engine = [
         name
         for name in modules()

@@ -60,6 +60,9 @@ class BlockingChannel:
         self._socket = end
         self._reader = FrameReader()
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def send(self, message: bytes) -> None:
         self._socket.sendall(frame(message))
 

@@ -21,6 +21,7 @@ from headrace.engine.client import (
     StepOutputs,
     TokenLogprobs,
 )
+from headrace.engine.queue_board import QueueBoard
 from headrace.errors import (
     ContextLengthExceededError,
     EngineError,
@@ -185,8 +186,11 @@ class LiveRequests:
         *,
         on_abort: Callable[[str], None],
         on_end: Callable[[RequestRecord], None],
+        board: QueueBoard | None = None,
     ) -> None:
+        """`board`: shared with others whose requests wait for the same engine."""
         self._limits = limits
+        self._board = board
         self._on_abort = on_abort
         self._on_end = on_end
         self._by_handle: dict[int, LiveStream] = {}
@@ -210,7 +214,7 @@ class LiveRequests:
             raise InvalidRequestError(
                 f"A request with id {request.request_id!r} is running already.", param="request_id"
             )
-        self._check_queue(len(request.prompt_token_ids))
+        self._enter_queue(request)
         if request.sampling.seed is None:
             # Fixed here, so that a replay on a restarted engine repeats the same tokens.
             sampling = dataclasses.replace(request.sampling, seed=secrets.randbits(62))
@@ -219,8 +223,7 @@ class LiveRequests:
         stream = LiveStream(request, self._abort, self._announce)
         self._by_handle[handle] = stream
         self._handle_of[request.request_id] = handle
-        self._queued[request.request_id] = len(request.prompt_token_ids)
-        self._queued_tokens += len(request.prompt_token_ids)
+        self._publish()
         return handle, stream
 
     def deliver(self, outputs: StepOutputs) -> None:
@@ -305,27 +308,50 @@ class LiveRequests:
         handle = self._handle_of.pop(stream.request_id, None)
         if handle is not None:
             del self._by_handle[handle]
+            self._publish()
         self._leave_queue(stream.request_id)
 
+    def _enter_queue(self, request: GenerateRequest) -> None:
+        """Raises OverloadedError when the queue is full."""
+        # Told before it is checked: of two processes that take the last place at once, at least one
+        # sees the other.
+        self._queued[request.request_id] = len(request.prompt_token_ids)
+        self._queued_tokens += len(request.prompt_token_ids)
+        self._publish()
+        try:
+            self._check_queue(len(request.prompt_token_ids))
+        except OverloadedError:
+            self._leave_queue(request.request_id)
+            raise
+
     def _leave_queue(self, request_id: str) -> None:
-        self._queued_tokens -= self._queued.pop(request_id, 0)
+        num_tokens = self._queued.pop(request_id, None)
+        if num_tokens is not None:
+            self._queued_tokens -= num_tokens
+            self._publish()
+
+    def _publish(self) -> None:
+        if self._board is not None:
+            self._board.publish(len(self._queued), self._queued_tokens, len(self._by_handle))
 
     def observe_prefill_rate(self, tokens_per_second: float) -> None:
         """The speed at which queued prompts are worked off; feeds Retry-After."""
         self._prefill_rate += 0.1 * (tokens_per_second - self._prefill_rate)
 
     def _check_queue(self, num_prompt_tokens: int) -> None:
+        """Whether there was room for the request that has just entered."""
         limits = self._limits
-        if len(self._queued) >= limits.max_queued_requests:
-            what = f"{len(self._queued)} requests are waiting (limit {limits.max_queued_requests})"
-        elif self._queued and self._queued_tokens + num_prompt_tokens > limits.max_queued_tokens:
-            what = (
-                f"{self._queued_tokens} prompt tokens are waiting "
-                f"(limit {limits.max_queued_tokens})"
-            )
+        num_queued, queued_tokens = len(self._queued) - 1, self._queued_tokens - num_prompt_tokens
+        if self._board is not None:
+            elsewhere, tokens_elsewhere = self._board.others()
+            num_queued, queued_tokens = num_queued + elsewhere, queued_tokens + tokens_elsewhere
+        if num_queued >= limits.max_queued_requests:
+            what = f"{num_queued} requests are waiting (limit {limits.max_queued_requests})"
+        elif num_queued and queued_tokens + num_prompt_tokens > limits.max_queued_tokens:
+            what = f"{queued_tokens} prompt tokens are waiting (limit {limits.max_queued_tokens})"
         else:
             return
-        wait = self._queued_tokens / self._prefill_rate if self._prefill_rate > 0 else 1.0
+        wait = queued_tokens / self._prefill_rate if self._prefill_rate > 0 else 1.0
         raise OverloadedError(
             f"The server is overloaded: {what}. Retry later.",
             retry_after=min(max(wait, 1.0), 60.0),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import msgspec
 
 from headrace.config import EngineConfig
+from headrace.engine.attached_clients import AttachedClient, AttachedClients, Incoming
 from headrace.engine.channel import BlockingChannel
 from headrace.engine.wire import (
     WIRE_VERSION,
@@ -42,6 +43,7 @@ from headrace.errors import CheckpointError, ConfigError
 from headrace.observability.logging import configure_logging
 
 if TYPE_CHECKING:
+    from headrace.engine.client import StepOutputs
     from headrace.engine.engine import AnyEngine
 
 logger = logging.getLogger(__name__)
@@ -57,13 +59,16 @@ class Startup(msgspec.Struct, frozen=True):
     config: EngineConfig
     log_level: str
     log_format: Literal["text", "json"]
+    listener_fd: int | None = None
+    """Where further clients attach (attached_clients.py), if any may."""
 
 
 class EngineProcess:
-    """Connects one Engine to one client."""
+    """Connects one Engine to the client that started it, and to those that attach."""
 
-    def __init__(self, channel: BlockingChannel) -> None:
+    def __init__(self, channel: BlockingChannel, attached: AttachedClients | None = None) -> None:
         self._channel = channel
+        self._attached = attached
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._stop = False
@@ -86,7 +91,9 @@ class EngineProcess:
         while not self._stop:
             self._receive(engine, wait=not engine.has_work and not engine.idle())
             if engine.has_work:
-                self._send(StepDone(engine.step()))
+                self._deliver(engine.step())
+            if self._attached is not None:
+                self._attend(engine, self._attached)
         return 0
 
     def _load(self, config: EngineConfig) -> AnyEngine:
@@ -106,30 +113,69 @@ class EngineProcess:
 
     def _receive(self, engine: AnyEngine, *, wait: bool) -> None:
         """Take in all messages there are; with `wait`, sleep until there is one."""
-        messages = self._channel.receive(HEARTBEAT_PERIOD if wait else 0.0)
-        if messages is None:
-            self._stop = True
-            return
-        for data in messages:
-            self._handle(engine, self._decoder.decode(data))
-        if wait and not messages:
+        timeout = HEARTBEAT_PERIOD if wait else 0.0
+        if self._attached is not None:
+            incoming = self._attached.receive(timeout)
+        else:
+            messages = self._channel.receive(timeout)
+            incoming = [] if messages == [] else [Incoming(None, messages)]
+        for client, messages in incoming:
+            if messages is None and client is None:
+                self._stop = True
+            elif messages is None:
+                assert self._attached is not None and client is not None
+                self._attached.drop(client)
+            else:
+                for data in messages:
+                    self._handle(engine, self._decoder.decode(data), client)
+        for request_id in () if self._attached is None else self._attached.take_orphans():
+            engine.abort(request_id)
+        if wait and not incoming:
             self._send(Heartbeat(engine.stats()))
 
-    def _handle(self, engine: AnyEngine, message: ToEngine) -> None:
+    def _handle(self, engine: AnyEngine, message: ToEngine, client: AttachedClient | None) -> None:
         match message:
             case Submit(request=request, handle=handle):
+                if client is not None:
+                    assert self._attached is not None
+                    if client not in self._attached:  # it was dropped since it sent this
+                        return
+                    handle = self._attached.own(client, request.request_id, handle)
                 engine.add(request, handle)
             case Abort(request_id=request_id):
                 engine.abort(request_id)
             case Spelling(tokenizer_json=tokenizer_json):
                 engine.use_tokenizer(tokenizer_json)
             case ResetPrefixCache():
-                self._send(PrefixCacheReset(engine.reset_prefix_cache()))
+                self._send(PrefixCacheReset(engine.reset_prefix_cache()), client)
             case Shutdown():
                 self._stop = True
 
-    def _send(self, message: FromEngine) -> None:
-        self._channel.send(self._encoder.encode(message))
+    def _deliver(self, outputs: StepOutputs) -> None:
+        """To each client its part. The first one hears of every step, and hears of it first: who
+        asks it after its own client had an answer finds that step counted."""
+        parts = [] if self._attached is None else list(self._attached.split(outputs))
+        self._send(StepDone(outputs))
+        for client, part in parts:
+            self._send(StepDone(part), client)
+
+    def _attend(self, engine: AnyEngine, attached: AttachedClients) -> None:
+        """Greet those that attached, and keep in touch with all."""
+        for client in attached.take_newcomers():
+            self._send(Hello(WIRE_VERSION, os.getpid()), client)
+            self._send(Heartbeat(engine.stats()), client)
+            self._send(Ready(engine.info), client)
+        silent_since = time.monotonic() - HEARTBEAT_PERIOD
+        for client in attached:
+            if client.last_sent < silent_since:
+                self._send(Heartbeat(engine.stats()), client)
+
+    def _send(self, message: FromEngine, client: AttachedClient | None = None) -> None:
+        data = self._encoder.encode(message)
+        if client is None:
+            self._channel.send(data)
+        elif self._attached is not None:
+            self._attached.send(client, data)
 
 
 def _die_with_parent() -> None:
@@ -149,8 +195,11 @@ def main(process: type[EngineProcess] = EngineProcess) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     configure_logging(startup.log_level, startup.log_format)
     channel = BlockingChannel(socket.socket(fileno=startup.socket_fd))
+    attached = None
+    if startup.listener_fd is not None:
+        attached = AttachedClients(socket.socket(fileno=startup.listener_fd), channel)
     try:
-        status = process(channel).run(startup.config)
+        status = process(channel, attached).run(startup.config)
     except Exception:
         logger.exception("A bug ended the engine")
         status = 1
