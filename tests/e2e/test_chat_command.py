@@ -31,9 +31,11 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self._own, theirs = pty.openpty()
         sources = os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")])
-        # A session whose terminal this is, so that a Ctrl-C typed here becomes a signal there.
+        # A session whose terminal this is, so that a Ctrl-C typed here becomes a signal there; and
+        # one that is heard, though what a shell starts in the background inherits a deaf ear.
         adopt = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); "
             "os.execv(sys.executable, [sys.executable, '-P', '-m', 'headrace.cli', *sys.argv[1:]])"
         )
         self.process = subprocess.Popen(
