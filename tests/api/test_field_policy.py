@@ -116,8 +116,6 @@ async def test_unknown_fields_are_refused_when_strict(
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "function", "content": "x", "name": "f"}, "messages[0].role"),
-        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[0].function_call"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "messages[0].content[0]",

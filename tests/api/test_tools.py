@@ -335,8 +335,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"tool_choice": NAMED}, "tool_choice", "there are no tools"),
     ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
-    ({"functions": [{"name": "f"}]}, "functions", "Use tools"),
-    ({"function_call": {"name": "f"}}, "function_call", "Use tools"),
     ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "must"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "give the id"),
     (

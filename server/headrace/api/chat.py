@@ -25,6 +25,12 @@ from headrace.api.generation import (
     Usage,
     new_id,
 )
+from headrace.api.legacy_functions import (
+    FunctionMessage,
+    own_names,
+    uses_functions,
+    with_tools,
+)
 from headrace.api.model_table import ServedModel
 from headrace.api.prompts import Truncation, check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
@@ -138,10 +144,17 @@ async def create_chat_completion(request: Request) -> Response:
     with services.counting_rejections():
         services.check_admission()
         body, ignored = await receive(request, ChatCompletionRequest)
-        turn = await start_chat(request, body, new_id("chatcmpl"))
+        message_type = ChoiceMessage
+        if uses_functions(body):
+            message_type = FunctionMessage
+            with own_names():
+                turn = await start_chat(request, with_tools(body), new_id("chatcmpl"))
+        else:
+            turn = await start_chat(request, body, new_id("chatcmpl"))
     reply = ChatReply(
-        body,
+        turn.body,
         turn.reader,
+        message_type,
         response_id=turn.context.response_id,
         model=turn.model,
         tokenizer=turn.text.tokenizer,
@@ -158,11 +171,16 @@ class ChatReply(Reply):
     begins_in_order = True
 
     def __init__(
-        self, body: ChatCompletionRequest, reader: MessageReader | None = None, **frame: Any
+        self,
+        body: ChatCompletionRequest,
+        reader: MessageReader | None = None,
+        message_type: type[ChoiceMessage] = ChoiceMessage,
+        **frame: Any,
     ) -> None:
         super().__init__(body, **frame)
         self._top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self._reader = reader
+        self._message_type = message_type
         self._messages: dict[int, ChoiceMessage] = {}
 
     def read(self, choice: Choice, delta: TextDelta) -> TextDelta:
@@ -241,6 +259,7 @@ class ChatReply(Reply):
         assert self._reader is not None
         message = self._messages.get(choice.index)
         if message is None:
-            message = ChoiceMessage(self._reader.message_text(), self._reader.call_reason)
+            text = self._reader.message_text()
+            message = self._message_type(text, named=self._reader.names_function)
             self._messages[choice.index] = message
         return message

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from headrace.api.generation import TextDelta
 from headrace.api.protocol import ChatCompletionRequest
@@ -36,10 +36,9 @@ class MessageReader:
         return self.reasoning is not None
 
     @property
-    def call_reason(self) -> str:
-        """The finish_reason of an answer with calls: OpenAI has "stop" where the request named the
-        function."""
-        return "stop" if self.tools and self.tools.named else "tool_calls"
+    def names_function(self) -> bool:
+        """The request says which function to call."""
+        return self.tools is not None and self.tools.named
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -76,13 +75,15 @@ def message_reader(
 
 
 class ChoiceMessage:
-    """The message of one choice, whole or piece by piece.
+    """The message of one choice, whole or piece by piece."""
 
-    `call_reason`: the finish_reason when there are calls."""
+    call_reason: ClassVar[str] = "tool_calls"
+    """The finish_reason of an answer with calls. OpenAI has "stop" where the request named the
+    function."""
 
-    def __init__(self, text: MessageText, call_reason: str = "tool_calls") -> None:
+    def __init__(self, text: MessageText, *, named: bool = False) -> None:
         self._text = text
-        self._call_reason = call_reason
+        self._call_reason = "stop" if named else self.call_reason
         self._calls = 0
         self._broken = False
         self.thought = 0

@@ -38,15 +38,12 @@ HARMLESS: dict[str, str] = {
 }
 
 _OMIT = "Leave it out."
-_TOOLS = "Use tools and tool_choice."
 _TEXT_ONLY = "Only text goes in and out; leave it out."
 
 REFUSED: dict[str, Refused] = {
     # OpenAI
     "audio": Refused(_TEXT_ONLY),
     "best_of": Refused("/v1/completions has it.", (1,)),
-    "function_call": Refused(_TOOLS, ("none", "auto")),
-    "functions": Refused(_TOOLS, ([],)),
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
     "moderation": Refused(_OMIT),
     "reasoning_effort": Refused("Put it into the prompt, which is taken as it is."),
@@ -106,6 +103,8 @@ HONOURED: dict[str, str] = {
     "tools": "Functions, at most 512. Calls of strict ones always match their parameters.",
     "tool_choice": "none, auto, required, a named function or allowed_tools; forced calls match.",
     "parallel_tool_calls": "false: one call at most.",
+    "functions": "As tools, one call at most; the answer has function_call. Use tools.",
+    "function_call": "none, auto or a named function, as tool_choice. Use tools.",
     "reasoning_effort": "Where the chat template knows efforts; none where it knows a switch.",
     "response_format": "text, json_object or json_schema; strict or not, the output always fits.",
     # Extensions

@@ -246,6 +246,8 @@ class ChatCompletionRequest(ReasoningFields, _GenerationBody, _ChatPrompt):
     top_logprobs: Int | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    functions: list[Function] | None = None
+    function_call: Any = None
 
     def check_combinations(self) -> None:
         super().check_combinations()
@@ -336,7 +338,6 @@ class DetokenizeRequest(_Body):
 
 _ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
 _REFUSED_PARTS: dict[str, str] = {
-    "function_call": "use tool_calls",
     "audio": "only text goes in and out; leave it out",
 }
 
@@ -358,11 +359,7 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
                 raise UnsupportedParameterError(
                     f"{where}.{name} is not supported: {remedy}.", param=f"{where}.{name}"
                 )
-        if message.role == "function":
-            raise UnsupportedParameterError(
-                f"{where}.role 'function' is not supported: use 'tool', with a tool_call_id.",
-                param=f"{where}.role",
-            )
+        message = _without_functions(message, extra, where)
         if message.role not in _ROLES:
             raise InvalidRequestError(
                 f"{where}.role must be one of {', '.join(_ROLES)}, got {message.role!r}.",
@@ -376,6 +373,31 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
             extra["tool_calls"] = _calls_of(message, called, where)
         plain.append({**extra, "role": message.role, "content": _content(message, where)})
     return plain
+
+
+def _without_functions(message: ChatMessage, extra: dict[str, Any], where: str) -> ChatMessage:
+    """A message of the time before tools, with what it had of functions as calls and results, which
+    find each other by the function's name. Takes function_call out of `extra`."""
+    call = extra.pop("function_call", None)
+    if message.role == "function":
+        if not isinstance(name := extra.get("name"), str):
+            raise InvalidRequestError(
+                f"{where}.name is required; name the function that this is the result of.",
+                param=f"{where}.name",
+                code="missing_required_parameter",
+            )
+        return message.model_copy(update={"role": "tool", "tool_call_id": f"call_{name}"})
+    if call is None or message.tool_calls:
+        return message
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise InvalidRequestError(
+            f"{where}.function_call must have a name and arguments.", param=f"{where}.function_call"
+        )
+    arguments = call.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {})
+    function = FunctionCall(name=call["name"], arguments=text)
+    made = MessageToolCall(id=f"call_{call['name']}", function=function)
+    return message.model_copy(update={"tool_calls": [made]})
 
 
 def _calls_of(message: ChatMessage, called: dict[str, str], where: str) -> list[dict[str, Any]]:
