@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +251,17 @@ async def test_a_stream_is_resumed_while_it_runs(kept: Keeping, serving: Any) ->
     text = "".join(e.delta for e in [*seen, *rest] if e.type == "response.output_text.delta")
     assert text == "Hello, world!" and rest[-1].type == "response.completed"
     assert kept.site.engine.aborted == []
+
+
+async def test_a_slow_client_gets_all_of_it(kept: Keeping, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses_background, "_PAGE", 5)
+    body = {"input": "Hi", "background": True, "stream": True}
+    events = events_of((await kept.http.post(RESPONSES, json=body)).text)
+    services = kept.site.services
+    services.config = replace(services.config, max_unsent_bytes=10)
+    url = f"{RESPONSES}/{events[0]['response']['id']}"
+    again = await kept.http.get(url, params={"stream": "true"})
+    assert events_of(again.text) == events
 
 
 async def test_what_cannot_be_streamed_again(kept: Keeping) -> None:

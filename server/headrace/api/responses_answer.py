@@ -15,7 +15,7 @@ from headrace.api.generation import Choice, TextDelta, Usage
 from headrace.api.reply import usage_object
 from headrace.api.responses_items import ItemIds
 from headrace.api.responses_output import Emit, ResponseOutput, no_events
-from headrace.api.responses_protocol import ResponsesRequest, own_terms
+from headrace.api.responses_protocol import TOOL_FIELDS, ResponsesRequest, own_terms
 from headrace.errors import EngineError, HeadraceError, OverloadedError, RequestError
 from headrace.text.message_text import MessagePiece, Reasoning
 from headrace.text.tool_calls import Content
@@ -52,7 +52,7 @@ class ResponseAnswer:
         self._begun = False
         self._origins = origins
         self._object = {
-            **_of_request(body, turn),
+            **request_told_again(body, turn.generation.sampling_in_effect()),
             "id": self.id,
             "object": "response",
             "created_at": int(time.time()),
@@ -215,9 +215,8 @@ def responses_usage(usage: Usage) -> dict[str, Any]:
     return shaped
 
 
-def _of_request(body: ResponsesRequest, turn: ChatTurn) -> dict[str, Any]:
-    """The fields that say again what was asked for, with what is in effect."""
-    sampling = turn.generation.sampling_in_effect()
+def request_told_again(body: ResponsesRequest, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The fields that say what was asked for. `sampling`: the parameters in effect."""
     text, reasoning = body.text, body.reasoning
     form = (text.format if text else None) or {"type": "text"}
     given = {
@@ -240,7 +239,7 @@ def _of_request(body: ResponsesRequest, turn: ChatTurn) -> dict[str, Any]:
         "service_tier": "default",
         "temperature": sampling["temperature"],
         "text": {"format": form, "verbosity": "medium"},
-        "tool_choice": body.tool_choice or "auto",
+        "tool_choice": _tool_choice(body.tool_choice),
         "tools": [_tool(tool) for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": sampling["top_p"],
@@ -250,8 +249,14 @@ def _of_request(body: ResponsesRequest, turn: ChatTurn) -> dict[str, Any]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """With the fields that clients want in every one."""
-    return {"description": None, "parameters": None, "strict": None, **tool}
+    """With the fields that clients want in every one, and those alone: others are unchecked."""
+    return {"type": "function", **{name: tool.get(name) for name in TOOL_FIELDS}}
+
+
+def _tool_choice(choice: Any) -> Any:
+    if not isinstance(choice, dict):
+        return choice or "auto"
+    return {"mode": "auto", **choice} if choice["type"] == "allowed_tools" else choice
 
 
 def _pieces(delta: TextDelta) -> list[MessagePiece]:

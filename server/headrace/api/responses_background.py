@@ -70,12 +70,13 @@ class BackgroundJob:
             answer.generation.close()
             tending.cancel()
             await asyncio.gather(tending, return_exceptions=True)
-            ended = await self._settle(ended)
-            if ended is not None:
-                kind, fields = ending_event(ended)
-                self.emit(kind, **fields)
-            self._ended = True
-            self._news.set()
+            try:
+                if (kept := await self._settle(ended)) is not None:
+                    kind, fields = ending_event(kept)
+                    self.emit(kind, **fields)
+            finally:
+                self._ended = True
+                self._news.set()
             await store.release(RESPONSE, answer.id, self._owner)
 
     async def _work(self) -> dict[str, Any]:
@@ -154,7 +155,9 @@ class BackgroundJob:
 
 
 async def kept_events(kept: KeptResponses, response_id: str, after: int) -> AsyncIterator[bytes]:
-    """The events of a response with numbers above `after`, to its end, whoever makes it."""
+    """The events of a response with numbers above `after`, to its end, whoever makes it. A comment
+    comes first, for the next event may be far."""
+    yield b": goes on\n\n"
     store = kept.store
     polls = 0
     while True:
@@ -170,9 +173,9 @@ async def kept_events(kept: KeptResponses, response_id: str, after: int) -> Asyn
             return
         response = record.value["response"]
         parts = await store.parts(RESPONSE, response_id, tag=_EVENT, after=after, limit=_PAGE)
-        for part in parts:
-            yield part.value
-            after = part.number
+        if parts:
+            yield b"".join(part.value for part in parts)
+            after = parts[-1].number
         if len(parts) == _PAGE:
             continue
         if response["status"] in ENDED:

@@ -20,6 +20,7 @@ from headrace.api.protocol import MAX_MESSAGES, ChatCompletionRequest, Int, Stre
 from headrace.api.services import services_of
 from headrace.errors import InvalidRequestError, RequestError, UnsupportedParameterError
 
+TOOL_FIELDS = ("name", "description", "parameters", "strict")
 LOGPROBS = "message.output_text.logprobs"
 
 _OF_OTHER_TOOLS = (
@@ -250,7 +251,13 @@ _EXTENSIONS, _HARMLESS, _REFUSED = frozenset(extensions()), harmless(), refused(
 async def receive(request: Request) -> tuple[ResponsesRequest, list[str]]:
     """The body and the names of its unknown fields. Raises what body.receive raises."""
     config = services_of(request).config
-    body = parse_json(ResponsesRequest, await read_body(request, config.max_body_bytes))
+    raw = await read_body(request, config.max_body_bytes)
+    return parse(raw, strict_fields=config.strict_fields)
+
+
+def parse(raw: bytes, *, strict_fields: bool) -> tuple[ResponsesRequest, list[str]]:
+    """As body.parse_body."""
+    body = parse_json(ResponsesRequest, raw)
     extra = body.model_extra or {}
     for name in ("reasoning", "text"):
         if (part := getattr(body, name)) is not None:
@@ -258,7 +265,7 @@ async def receive(request: Request) -> tuple[ResponsesRequest, list[str]]:
             extra = extra | {f"{name}.{inner}": value for inner, value in more}
     ignored = check_extra_fields(
         {name: value for name, value in extra.items() if name not in _EXTENSIONS},
-        strict=config.strict_fields or bool(body.strict_fields),
+        strict=strict_fields or bool(body.strict_fields),
         known=(*ResponsesRequest.model_fields, *_EXTENSIONS),
         harmless=_HARMLESS,
         refused=_REFUSED,
@@ -290,8 +297,7 @@ def _chat_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     shaped = []
     for index, tool in enumerate(tools):
         _check_function(tool, f"tools[{index}]")
-        fields = ("name", "description", "parameters", "strict")
-        function = {name: tool[name] for name in fields if tool.get(name) is not None}
+        function = {name: tool[name] for name in TOOL_FIELDS if tool.get(name) is not None}
         shaped.append({"type": "function", "function": function})
     return shaped
 
@@ -341,6 +347,10 @@ def _chat_format(form: dict[str, Any] | None) -> dict[str, Any] | None:
                 param=f"text.format.{name}",
                 code="missing_required_parameter",
             )
+    if not isinstance(form.get("description", ""), str | None):
+        raise InvalidRequestError(
+            "text.format.description must be a string.", param="text.format.description"
+        )
     fields = ("name", "description", "schema", "strict")
     schema = {name: form[name] for name in fields if form.get(name) is not None}
     return {"type": "json_schema", "json_schema": schema}
