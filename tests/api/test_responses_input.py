@@ -315,3 +315,27 @@ async def test_the_last_turn_stays(http: httpx.AsyncClient) -> None:
     items = [{"role": "user", "content": "Hi"}, {"role": "user", "content": "x" * 600}]
     error = await refusal(http, input=items, truncation="auto")
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+
+
+# --- reasoning ----------------------------------------------------------------------------------
+
+
+async def test_effort_reaches_the_template(site_with: Any, http_to: Any) -> None:
+    site = site_with(template="{{ reasoning_effort }}: {{ messages[0].content }}</think>")
+    async with http_to(site) as http:
+        body = {"input": "Hi", "reasoning": {"effort": "low"}}
+        response = await http.post(RESPONSES, json=body)
+        assert response.json()["reasoning"] == {"effort": "low", "summary": None}
+    assert prompt_of(site).startswith("low: Hi")
+
+
+async def test_a_template_that_knows_no_effort(http: httpx.AsyncClient) -> None:
+    error = await refusal(http, reasoning={"effort": "low"})
+    assert error["param"] == "reasoning.effort" and "reasoning.effort" in error["message"]
+
+
+async def test_a_budget_of_thinking(site_with: Any, http_to: Any) -> None:
+    site = site_with(template=TEMPLATE, specials=("<think>", "</think>"))
+    async with http_to(site) as http:
+        await http.post(RESPONSES, json={"input": "Hi", "thinking_token_budget": 7})
+    assert site.engine.requests[0].thinking.max_tokens == 7
