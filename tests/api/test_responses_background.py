@@ -253,6 +253,19 @@ async def test_a_stream_is_resumed_while_it_runs(kept: Keeping, serving: Any) ->
     assert kept.site.engine.aborted == []
 
 
+async def test_the_official_client_goes_on(kept: Keeping) -> None:
+    stream = await kept.openai.responses.create(
+        model="tiny", input="Hi", background=True, stream=True
+    )
+    events = [event async for event in stream]
+    response_id = kept.site.engine.requests[0].request_id
+    async with kept.openai.responses.stream(response_id=response_id, starting_after=5) as again:
+        rest = [event async for event in again]
+        final = await again.get_final_response()
+    assert [e.type for e in rest] == [e.type for e in events[6:]]
+    assert final.id == response_id and final.output_text == "Hello, world!"
+
+
 async def test_a_slow_client_gets_all_of_it(kept: Keeping, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(responses_background, "_PAGE", 5)
     body = {"input": "Hi", "background": True, "stream": True}
