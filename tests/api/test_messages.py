@@ -339,6 +339,15 @@ async def test_a_call_that_is_none(http: httpx.AsyncClient, site: Any) -> None:
     assert starts == ["text", "tool_use"]
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}])
+async def test_a_forced_call(http: httpx.AsyncClient, site: Any, choice: Any) -> None:
+    site.engine.answer = CALL
+    answer = await ask(http, tools=[TOOL], tool_choice=choice)
+    assert [block["type"] for block in answer["content"]] == ["tool_use"]
+    assert answer["stop_reason"] == "tool_use"
+    assert "weather" in site.engine.requests[0].grammar
+
+
 async def test_tools_may_be_there_and_not_called(http: httpx.AsyncClient, site: Any) -> None:
     site.engine.answer = CALL
     answer = await ask(http, tools=[TOOL], tool_choice={"type": "none"})
@@ -370,15 +379,29 @@ async def test_thinking(client: anthropic.AsyncAnthropic, http: Any, site: Any) 
     "thinking",
     [{"type": "disabled"}, {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}],
 )
-async def test_thinking_that_is_not_shown(
-    http: httpx.AsyncClient, site: Any, thinking: Any
-) -> None:
+async def test_thinking_that_is_not_shown(site_with: Any, http_to: Any, thinking: Any) -> None:
+    site = site_with(template=TEMPLATE, specials=("<think>", "</think>"))
     site.engine.answer = "<think>Hm</think>Yes."
-    answer = await ask(http, thinking=thinking, max_tokens=2000)
+    async with http_to(site) as http:
+        answer = await ask(http, thinking=thinking, max_tokens=2000)
     assert answer["content"] == [{"type": "text", "text": "Yes."}]
-    assert prompt_of(site).endswith("<think></think>") == (thinking["type"] == "disabled")
-    budget = site.engine.requests[-1].thinking
-    assert (budget.max_tokens if budget else None) == thinking.get("budget_tokens")
+    [request, _] = site.engine.requests
+    disabled = thinking["type"] == "disabled"
+    assert prompt_of(site).endswith("<think></think>") == disabled
+    assert (request.thinking and request.thinking.max_tokens) == (None if disabled else 1024)
+
+
+async def test_a_model_that_does_not_think(site_with: Any, http_to: Any) -> None:
+    async with http_to(site_with()) as http:
+        answer = await ask(http, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert answer["content"] == [{"type": "text", "text": "Hello, world!"}]
+
+
+async def test_effort(site_with: Any, http_to: Any) -> None:
+    site = site_with(template="{{ reasoning_effort }} {{ messages[0].content }}")
+    async with http_to(site) as http:
+        await ask(http, output_config={"effort": "low"})
+    assert prompt_of(site) == "low Hi"
 
 
 # --- fields -------------------------------------------------------------------------------------

@@ -266,17 +266,17 @@ def _thinking(body: CountTokensRequest, text: TextProcessor) -> dict[str, Any]:
     if thinking is not None:
         kwargs.setdefault("enable_thinking", thinking.type != "disabled")
         values["include_reasoning"] = thinking.type != "disabled" and thinking.display != "omitted"
-        if thinking.budget_tokens and "thinking_token_budget" in ChatCompletionRequest.model_fields:
+        if thinking.budget_tokens and text.reasoning is not None:  # others think no token
             values["thinking_token_budget"] = thinking.budget_tokens
     effort = body.output_config.effort if body.output_config else None
     if effort is not None:
-        source = text.chat_template.source if text.chat_template else ""
-        if "reasoning_effort" in source:
-            kwargs.setdefault("reasoning_effort", effort)
+        known = text.chat_template.variables if text.chat_template else frozenset[str]()
+        if "reasoning_effort" in known:
+            values["reasoning_effort"] = effort
         elif effort != "high":  # as if left out
             raise UnsupportedParameterError(
-                f"output_config.effort {effort!r} is not supported: this model's chat template has "
-                'no reasoning_effort. Leave it out or set it to "high".',
+                f"output_config.effort {effort!r} is not supported: this model's chat template "
+                'knows no efforts. Leave it out or set it to "high".',
                 param="output_config.effort",
             )
     return {**values, "chat_template_kwargs": kwargs or None}
