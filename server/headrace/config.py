@@ -131,6 +131,9 @@ class ServerOptions:
         None, "Lines of batches that run at the same time; default: half of --max-num-seqs."
     )
     strict_fields: bool = option(False, "Refuse unknown request fields instead of naming them.")
+    trust_request_chat_template: bool = option(
+        False, "Take a chat_template with a request; only where all clients are trusted."
+    )
     tool_call_parser: Literal[
         "auto", "none", "hermes", "llama3_json", "mistral", "pythonic", "granite", "generic"
     ] = option("auto", "How the model writes tool calls; auto asks its chat template.")

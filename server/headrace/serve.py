@@ -92,6 +92,7 @@ class Service:
                 batch_concurrency=options.batch_concurrency,
                 step_age_limit=options.step_timeout,
                 strict_fields=options.strict_fields,
+                trust_request_chat_template=options.trust_request_chat_template,
                 cors_origins=options.cors_origin,
                 version=__version__,
             ),

@@ -424,16 +424,6 @@ async def test_what_claude_code_sends(client: anthropic.AsyncAnthropic, site: An
     assert "headrace" not in message.to_dict()
 
 
-async def test_structured_output(client: anthropic.AsyncAnthropic, site: Any) -> None:
-    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
-    site.engine.answer = '{"city": "Paris"}'
-    message = await client.messages.create(
-        **BODY, output_config={"format": {"type": "json_schema", "schema": schema}}
-    )
-    assert message.to_dict()["content"] == [{"type": "text", "text": '{"city": "Paris"}'}]
-    assert "city" in site.engine.requests[0].grammar
-
-
 async def test_unknown_fields_are_named(http: httpx.AsyncClient) -> None:
     answer = await ask(http, tempreature=0)
     assert answer["headrace"] == {"ignored_fields": ["tempreature"]}
@@ -457,20 +447,6 @@ async def test_pings(http: httpx.AsyncClient, site: Any, monkeypatch: pytest.Mon
     usage = events_of(response.text)[0]["message"]["usage"]
     assert usage["cache_read_input_tokens"] == 0
     assert events_of(response.text)[-2]["usage"]["cache_read_input_tokens"] == 4
-
-
-async def test_a_client_that_leaves(server: Any, site: Any) -> None:
-    site.engine.step_seconds = 0.01
-    site.engine.answer = "x" * 1000
-    async with (
-        httpx.AsyncClient(base_url=server.url) as http,
-        http.stream("POST", URL, json={**BODY, "stream": True}) as response,
-    ):
-        async for line in response.aiter_lines():
-            if "text_delta" in line:
-                break
-    await site.settle()
-    assert site.finished("abort") == 1
 
 
 async def test_count_tokens(client: anthropic.AsyncAnthropic, http: Any, site: Any) -> None:

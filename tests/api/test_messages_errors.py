@@ -1,4 +1,4 @@
-"""What /v1/messages refuses, and errors as Anthropic's client knows them."""
+"""What /v1/messages refuses, errors as Anthropic's client knows them, and structured output."""
 
 from __future__ import annotations
 
@@ -188,3 +188,27 @@ async def test_a_stream_that_fails(client: anthropic.AsyncAnthropic, site: Any) 
     with pytest.raises(anthropic.InternalServerError) as early:
         await client.messages.create(**BODY, stream=True)
     assert early.value.status_code == 500
+
+
+async def test_a_client_that_leaves(server: Any, site: Any) -> None:
+    site.engine.step_seconds = 0.01
+    site.engine.answer = "x" * 1000
+    async with (
+        httpx.AsyncClient(base_url=server.url) as http,
+        http.stream("POST", URL, json={**BODY, "stream": True}) as response,
+    ):
+        async for line in response.aiter_lines():
+            if "text_delta" in line:
+                break
+    await site.settle()
+    assert site.finished("abort") == 1
+
+
+async def test_structured_output(client: anthropic.AsyncAnthropic, site: Any) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    site.engine.answer = '{"city": "Paris"}'
+    message = await client.messages.create(
+        **BODY, output_config={"format": {"type": "json_schema", "schema": schema}}
+    )
+    assert message.to_dict()["content"] == [{"type": "text", "text": '{"city": "Paris"}'}]
+    assert "city" in site.engine.requests[0].grammar

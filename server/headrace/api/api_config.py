@@ -23,6 +23,8 @@ class ApiConfig:
     """Seconds without a sign of life from the engine after which /livez answers 503."""
     strict_fields: bool = False
     """Refuse unknown request fields instead of naming them in the response."""
+    trust_request_chat_template: bool = False
+    """Requests may bring a chat template of their own."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may call the server; empty: none but its own."""
     version: str = "0.0.0"

@@ -38,6 +38,7 @@ from headrace.api.reasoning import template_kwargs, thinking_budget
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
 from headrace.api.structured_output import output_grammar
+from headrace.api.template_fields import text_for, with_documents
 from headrace.api.tools import ToolUse, tool_use
 from headrace.engine.client import Task
 from headrace.text.processor import TextProcessor
@@ -74,8 +75,10 @@ async def chat_prompt(request: Request, body: ChatCompletionRequest) -> ChatProm
     `start_chat`, but a text that is hopelessly long is refused here.
     """
     body.check_combinations()
-    model = services_of(request).models.find(body.model)
+    services = services_of(request)
+    model = services.models.find(body.model)
     text, info = model.loaded_for(Task.GENERATE)
+    text = await text_for(body, text, trusted=services.config.trust_request_chat_template)
     use = tool_use(body, text.tool_calls)
     token_ids = await encode_chat(
         text,
@@ -85,7 +88,10 @@ async def chat_prompt(request: Request, body: ChatCompletionRequest) -> ChatProm
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens,
         tools=use.tools if use else (),
-        kwargs=template_kwargs(body.chat_template_kwargs, body.reasoning_effort, text),
+        kwargs=with_documents(
+            body, template_kwargs(body.chat_template_kwargs, body.reasoning_effort, text)
+        ),
+        off_loop=body.chat_template is not None,
         truncation=Truncation.of(body, info),
     )
     return ChatPrompt(model, use, token_ids)
@@ -182,6 +188,7 @@ class ChatReply(Reply):
         self._reader = reader
         self._message_type = message_type
         self._messages: dict[int, ChoiceMessage] = {}
+        self._echo = echo_of(body)
 
     def read(self, choice: Choice, delta: TextDelta) -> TextDelta:
         return delta if self._reader is None else self._message_of(choice).read(delta)
@@ -194,6 +201,8 @@ class ChatReply(Reply):
         else:
             fields, finish_reason = self._message_of(choice).whole(deltas)
             message |= fields
+        if self._echo:
+            message["content"] = self._echo + (message["content"] or "")
         shaped: dict[str, Any] = {
             "index": choice.index,
             "message": message,
@@ -211,6 +220,8 @@ class ChatReply(Reply):
             fields |= text_fields(delta.kind, delta.text)
         else:
             fields |= self._message_of(choice).fields(delta.pieces)
+        if first and self._echo:
+            fields["content"] = self._echo + fields.get("content", "")
         shaped: dict[str, Any] = {
             "index": choice.index,
             "delta": fields,
@@ -263,3 +274,9 @@ class ChatReply(Reply):
             message = self._message_type(text, named=self._reader.names_function)
             self._messages[choice.index] = message
         return message
+
+
+def echo_of(body: ChatCompletionRequest) -> str:
+    """As in vLLM: the last message, where it is the assistant's and the answer goes on from it."""
+    last = plain_messages(body.messages[-1:])[0] if body.echo else {}
+    return str(last["content"]) if last.get("role") == "assistant" else ""

@@ -65,9 +65,11 @@ async def encode_chat(
     tools: Sequence[Mapping[str, Any]] = (),
     kwargs: Mapping[str, Any] | None = None,
     truncation: Truncation | None = None,
+    off_loop: bool = False,
 ) -> list[int]:
-    """The conversation, in which `tools` may be called, as token ids. Raises a RequestError for
-    what the template or the context cannot take."""
+    """The conversation, in which `tools` may be called, as token ids. `off_loop`: never on the
+    event loop, however short. Raises a RequestError for what the template or the context cannot
+    take."""
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
 
@@ -89,7 +91,7 @@ async def encode_chat(
     size = sum(map(_characters, messages))
     if tools:
         size += len(msgspec.json.encode(tools))
-    return await _off_loop_if_long(encode, size)
+    return await _off_loop_if_long(encode, MAX_INLINE_CHARACTERS + 1 if off_loop else size)
 
 
 async def encode_prompt(

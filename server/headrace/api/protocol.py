@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from headrace.api.beam_search import BeamFields
 from headrace.api.reasoning import ReasoningFields
 from headrace.api.structured_output import StructuredFields
+from headrace.api.template_fields import TemplateFields
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
 from headrace.sampling_params import SamplingParams
 
@@ -229,14 +230,13 @@ class Tool(_Body):
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class _ChatPrompt(_Body):
+class _ChatPrompt(TemplateFields, _Body):
     """How messages become a prompt."""
 
     tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class ChatCompletionRequest(ReasoningFields, _GenerationBody, _ChatPrompt):
@@ -244,6 +244,7 @@ class ChatCompletionRequest(ReasoningFields, _GenerationBody, _ChatPrompt):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
+    echo: bool | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     functions: list[Function] | None = None

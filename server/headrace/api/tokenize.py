@@ -17,6 +17,7 @@ from headrace.api.protocol import (
     plain_messages,
 )
 from headrace.api.services import services_of
+from headrace.api.template_fields import text_for, with_documents
 from headrace.api.tools import template_tools
 from headrace.errors import InvalidRequestError
 
@@ -27,10 +28,12 @@ router = APIRouter()
 async def tokenize(request: Request) -> Response:
     """A prompt, or messages, as token ids."""
     body, _ = await receive(request, TokenizeRequest)
-    text, info = services_of(request).models.find(body.model).loaded()
+    services = services_of(request)
+    text, info = services.models.find(body.model).loaded()
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Give either prompt or messages.", param="prompt")
     if body.messages is not None:
+        text = await text_for(body, text, trusted=services.config.trust_request_chat_template)
         tokens = await encode_chat(
             text,
             plain_messages(body.messages),
@@ -39,7 +42,8 @@ async def tokenize(request: Request) -> Response:
             continue_final_message=body.continue_final_message,
             add_special_tokens=bool(body.add_special_tokens),
             tools=template_tools(body.tools),
-            kwargs=body.chat_template_kwargs,
+            kwargs=with_documents(body, body.chat_template_kwargs),
+            off_loop=body.chat_template is not None,
         )
     else:
         add_special = True if body.add_special_tokens is None else body.add_special_tokens
@@ -61,7 +65,9 @@ async def tokenize(request: Request) -> Response:
 async def apply_template(request: Request) -> Response:
     """The prompt that messages become, as llama.cpp's server has it: nothing is computed."""
     body, _ = await receive(request, ApplyTemplateRequest)
-    text, _ = services_of(request).models.find(body.model).loaded()
+    services = services_of(request)
+    text, _ = services.models.find(body.model).loaded()
+    text = await text_for(body, text, trusted=services.config.trust_request_chat_template)
     generates = body.add_generation_prompt
     if generates is None:
         generates = not body.continue_final_message
@@ -71,7 +77,7 @@ async def apply_template(request: Request) -> Response:
         add_generation_prompt=generates,
         continue_final_message=body.continue_final_message,
         tools=template_tools(body.tools),
-        kwargs=body.chat_template_kwargs,
+        kwargs=with_documents(body, body.chat_template_kwargs),
     )
     return json_response({"prompt": prompt})
 

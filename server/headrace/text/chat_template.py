@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from headrace.errors import CheckpointError, InvalidRequestError
 
 MAX_STEPS = 200_000  # loop rounds in one rendering; a thousand-message chat takes a few thousand
 MAX_CHARACTERS = 64 * 2**20
+MAX_SECONDS = 10.0  # in loops and macros; a thousand-message chat takes some 50 ms
 _WIDE_FORMAT = re.compile(r"\d{6}|\*")
 _RESERVED = frozenset(
     {"messages", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"}
@@ -185,7 +187,8 @@ class _GenerationBlocks(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with each round of a loop counted and no large repetition."""
+    """Jinja's sandbox, with each round of a loop and call of a macro counted and no large
+    repetition."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -199,9 +202,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
+        # Macros, too: they can call themselves.
+        for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            assert isinstance(block, nodes.For | nodes.Macro | nodes.CallBlock)
             count = nodes.Call(nodes.Name("__count_step", "load"), [], [], None, None)
-            loop.body.insert(0, nodes.ExprStmt(count).set_lineno(loop.lineno))
+            block.body.insert(0, nodes.ExprStmt(count).set_lineno(block.lineno))
         tree.set_environment(self)
         return tree
 
@@ -219,12 +224,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 def _limited_loops() -> dict[str, Callable[[], None]]:
     left = MAX_STEPS
+    deadline = time.monotonic() + MAX_SECONDS
 
     def count_step() -> None:
         nonlocal left
         left -= 1
         if left < 0:
             raise _LimitError(f"it loops more than {MAX_STEPS} times")
+        if time.monotonic() > deadline:
+            raise _LimitError(f"it takes more than {MAX_SECONDS:.0f} seconds")
 
     return {"__count_step": count_step}
 

@@ -5,6 +5,7 @@ Built from plain arguments; where the files come from is the loader's matter.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +62,12 @@ class TextProcessor:
         takes_tools = template is not None and template.takes_tools
         self.tool_calls = tool_call_format(tool_calls, source, takes_tools=takes_tools)
         self.reasoning = reasoning_format(reasoning, source)
+
+    def with_template(self, template: ChatTemplate) -> TextProcessor:
+        """The same with another template. Calls and reasoning are read as before."""
+        other = copy.copy(self)
+        other.chat_template = template
+        return other
 
     @classmethod
     def from_assets(
