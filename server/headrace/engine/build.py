@@ -67,7 +67,9 @@ def build_engine(config: EngineConfig, progress: Progress = lambda read, total: 
     _set_up_cpu(resolved, plan.hardware)
     kernels = _choose_kernels(resolved, plan.model)
     if isinstance(plan.model, EncoderConfig):
-        torch.set_num_threads(resolved.threads)  # attention is torch's
+        # Attention of one request is too little for several threads of torch's.
+        if dict(kernels.names)["linear"] != "cpu":
+            torch.set_num_threads(resolved.threads)
         return _encoder_engine(plan, plan.model, kernels, _with_progress(plan, progress), start)
     model = _load_model(plan, kernels, progress)
     if not _leaves_little_to_torch(model, kernels):

@@ -78,7 +78,7 @@ class CpuRunner:
         )
         hidden = self._forward(model_input)
         result = self._sample(batch, self._logits(model_input, hidden))
-        vectors = self._pooler.pool(batch, hidden) if pools else {}
+        vectors = self._pooler.pool(self._pooler.spans(batch, hidden)) if pools else {}
         return replace(
             result, prompt_logprobs=self._prompt_logprobs(batch, hidden), vectors=vectors
         )

@@ -8,7 +8,6 @@ samples is copied out of the graph's memory before anything else can be replayed
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from headrace.engine.batch import (
     NO_WORK,
-    FloatArray,
     PendingStep,
     ScheduledBatch,
     StepResult,
@@ -26,7 +24,7 @@ from headrace.engine.cuda_device import CudaDevice
 from headrace.engine.cuda_graph import POOL_SPARE_BLOCKS, GraphBook, graph_sizes
 from headrace.engine.cuda_sampling import DeviceSampler
 from headrace.engine.model_runner import LOGITS_CHUNK, kv_layers
-from headrace.engine.pooling import Pooler
+from headrace.engine.pooling import PooledSpan, Pooler
 from headrace.engine.request import RunningRequests
 from headrace.engine.step_inputs import StepInputMaker, StepInputs
 from headrace.models.base import CausalLM
@@ -123,11 +121,17 @@ class CudaRunner:
         else:
             self.graphs[size].replay()
             hidden = self._hidden[size]
-        pending = self._sampler.launch(batch, hidden, inputs, wanted)
-        if self._running.pooled:
-            # Read at once: rare, and the memory is that of the next step.
-            return _Pooled(pending, self._pooler.pool(batch, hidden))
-        return pending
+        if not self._running.pooled:
+            return self._sampler.launch(batch, hidden, inputs, wanted)
+        spans = [self._on_host(span) for span in self._pooler.spans(batch, hidden)]
+        return _Pooled(self._sampler.launch(batch, hidden, inputs, wanted), self._pooler, spans)
+
+    def _on_host(self, span: PooledSpan) -> PooledSpan:
+        """With hidden states that are there once the step's result is."""
+        host = self._device.pinned(span.hidden.numel(), span.hidden.dtype)
+        if span.hidden.numel():
+            self._device.copy(span.hidden.reshape(-1), host)
+        return span._replace(hidden=host.view(span.hidden.shape))
 
     def _forward(self, inputs: StepInputs, batch: ScheduledBatch | None) -> Tensor:
         """[T', E]: enqueue a forward pass, op by op. Without `batch` the host does not know what
@@ -195,13 +199,15 @@ class CudaRunner:
 
 @dataclass(frozen=True, slots=True)
 class _Pooled:
-    """A PendingStep with vectors that are known already."""
+    """A PendingStep of which some rows are pooled."""
 
     step: PendingStep
-    vectors: Mapping[int, FloatArray]
+    pooler: Pooler
+    spans: list[PooledSpan]
 
     def result(self) -> StepResult:
-        return replace(self.step.result(), vectors=self.vectors)
+        result = self.step.result()
+        return replace(result, vectors=self.pooler.pool(self.spans))
 
 
 @dataclass(frozen=True, slots=True)

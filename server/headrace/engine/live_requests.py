@@ -19,6 +19,7 @@ from headrace.engine.client import (
     RequestOutput,
     RequestRecord,
     StepOutputs,
+    Task,
     TokenLogprobs,
 )
 from headrace.engine.queue_board import QueueBoard
@@ -263,7 +264,8 @@ class LiveRequests:
         """What to submit to a restarted engine. Fails requests that seem to kill engines."""
         self._close_aborted()
         for handle, stream in list(self._by_handle.items()):
-            if stream.request_id not in self._queued:
+            # Whether a vector was being computed is not known.
+            if stream.request_id not in self._queued or stream.request.pooling is not None:
                 stream.deaths += 1
             if stream.deaths >= MAX_DEATHS:
                 self._lose(
@@ -391,6 +393,12 @@ def _check(request: GenerateRequest, info: ModelInfo) -> None:
     num_prompt_tokens = len(request.prompt_token_ids)
     if num_prompt_tokens == 0:
         raise InvalidRequestError("The prompt is empty: it has no tokens.", param="prompt")
+    if request.pooling is None and Task.GENERATE not in info.tasks:
+        raise InvalidRequestError(
+            "This model generates nothing: it is an encoder.",
+            param="model",
+            code="unsupported_task",
+        )
     if request.pooling is not None:
         if num_prompt_tokens > info.max_prompt_len:
             raise ContextLengthExceededError(

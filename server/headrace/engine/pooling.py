@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import numpy as np
 from torch import Tensor
 
@@ -9,6 +12,18 @@ from headrace.engine.batch import FloatArray, ScheduledBatch
 from headrace.engine.client import FinishReason, RequestOutput
 from headrace.engine.request import Request, RunningRequests
 from headrace.sampling_params import PoolingParams
+
+
+class PooledSpan(NamedTuple):
+    """Tokens of a step of one request that is pooled."""
+
+    row: int
+    pooling: str
+    hidden: Tensor
+    """[N, E] behind those that the pooling needs."""
+    is_first: bool
+    num_tokens: int | None
+    """Of the whole request, if this is its end."""
 
 
 class Pooler:
@@ -23,30 +38,35 @@ class Pooler:
         self._sums: dict[int, FloatArray] = {}
         """By row: of the hidden states so far, or the first one."""
 
-    def pool(self, batch: ScheduledBatch, hidden: Tensor) -> dict[int, FloatArray]:
-        """hidden: [T', E] of a step -> [E] of each pooled row that it brings to its end."""
-        vectors: dict[int, FloatArray] = {}
+    def spans(self, batch: ScheduledBatch, hidden: Tensor) -> list[PooledSpan]:
+        """What a step that is launched computes of the rows that are pooled. hidden: [T', E]."""
+        found: list[PooledSpan] = []
         begins = np.cumsum(batch.num_scheduled) - batch.num_scheduled
         for index, row in enumerate(batch.rows.tolist()):
             if row not in self._running.pooled:
                 continue
             params = self._running.request(row).source.pooling
             assert params is not None
-            begin, length = int(begins[index]), int(batch.num_scheduled[index])
-            own = hidden[begin : begin + length]
+            begin = int(begins[index])
+            own = hidden[begin : begin + int(batch.num_scheduled[index])]
             is_first, is_last = int(batch.starts[index]) == 0, bool(batch.samples[index])
+            num_tokens = int(batch.ends[index]) if is_last else None
             if params.pooling == "last":
-                if is_last:
-                    [vectors[row]] = _array(own[-1:])
-                continue
-            if params.pooling == "mean":
-                self._sums[row] = _sum(None if is_first else self._sums[row], _array(own))
-            elif is_first:
-                [self._sums[row]] = _array(own[:1])
-            if is_last:
-                total = self._sums.pop(row)
-                count = int(batch.ends[index]) if params.pooling == "mean" else 1
-                vectors[row] = total / np.float32(count)
+                own = own[-1:] if is_last else own[:0]
+            elif params.pooling == "cls":
+                own = own[:1] if is_first else own[:0]
+            found.append(PooledSpan(row, params.pooling, own, is_first, num_tokens))
+        return found
+
+    def pool(self, spans: Iterable[PooledSpan]) -> dict[int, FloatArray]:
+        """Their hidden states are on the host now -> [E] of each row that comes to its end."""
+        vectors: dict[int, FloatArray] = {}
+        for row, pooling, hidden, is_first, num_tokens in spans:
+            before = None if is_first or pooling == "last" else self._sums[row]
+            total = self._sums[row] = _sum(before, _array(hidden))
+            if num_tokens is not None:
+                vectors[row] = total / np.float32(num_tokens if pooling == "mean" else 1)
+                del self._sums[row]
         return vectors
 
 
