@@ -137,6 +137,8 @@ def run(url: str, pid: int, asks: Sequence[Ask], connections: int, pause: float 
                         left -= 1
                         if waiting:
                             connection.send(waiting.pop())
+                        else:  # idle, the server would close it
+                            selector.unregister(connection.socket)
             wall = time.perf_counter() - began
             time.sleep(0.02)  # the requests' last words
             spent = cpu_seconds(pid) - cpu
