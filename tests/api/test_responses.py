@@ -242,7 +242,11 @@ async def test_parallel_calls_may_be_switched_off(site: Any, http: httpx.AsyncCl
 
 
 @pytest.mark.parametrize(
-    "fields", [{"include": ["message.output_text.logprobs"]}, {"top_logprobs": 2}]
+    "fields",
+    [
+        {"include": ["message.output_text.logprobs", "reasoning.encrypted_content"]},
+        {"top_logprobs": 2},
+    ],
 )
 async def test_logprobs(site: Any, http: httpx.AsyncClient, fields: Any) -> None:
     site.engine.answer = "<think>a</think>Zürich"

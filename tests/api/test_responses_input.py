@@ -182,7 +182,7 @@ async def test_input_is_required(http: httpx.AsyncClient) -> None:
         ({"stream_options": {}, "stream": False}, "stream_options"),
         ({"metadata": {"k" * 65: "v"}}, "metadata"),
         ({"metadata": {"k": 1}}, "metadata.k"),
-        ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+        ({"include": ["reasoning.secret"]}, "include[0]"),
         ({"include": ["everything"]}, "include[0]"),
         ({"truncation": "middle"}, "truncation"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import openai
 import pytest
@@ -90,3 +90,25 @@ def test_bound_tools(scripted: Scripted, stream: bool) -> None:
 def test_refusals_keep_their_type(target: Target) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         chat(target, temperature=-3).invoke("Hi")
+
+
+class Place(BaseModel):
+    """What kind of place it is."""
+
+    kind: Literal["city", "river"]
+    is_big: bool
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output(target: Target, method: str) -> None:
+    model = chat(target, temperature=0, max_tokens=100)
+    structured = model.with_structured_output(Place, method=method)
+    assert isinstance(structured.invoke("Paris"), Place)
+
+
+def test_responses(target: Target) -> None:
+    model = chat(target, temperature=0, use_responses_api=True)
+    answer = model.invoke("What is the capital of France?")
+    assert "Paris" in answer.text
+    streamed = "".join(chunk.text for chunk in model.stream("What is the capital of France?"))
+    assert streamed == answer.text

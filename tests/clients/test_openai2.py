@@ -44,6 +44,5 @@ def test_with_openai2(file: str, target: Target, scripted: Scripted) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"^\d+ passed(, \d+ warnings?)? in", run.stdout, re.MULTILINE), (
-        run.stdout
-    )  # and none skipped
+    passed = re.search(r"^\d+ passed(, \d+ warnings?)? in", run.stdout, re.MULTILINE)
+    assert passed, run.stdout  # and none skipped

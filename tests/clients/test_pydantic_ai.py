@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import pydantic
 import pytest
 
 if TYPE_CHECKING:
@@ -71,3 +72,34 @@ def test_refusals_are_its_own_errors(target: Target) -> None:
     with pytest.raises(pydantic_ai.exceptions.ModelHTTPError) as caught:
         agent.run_sync("Hi")
     assert caught.value.status_code == 400 and "temperature" in str(caught.value)
+
+
+class Place(pydantic.BaseModel):
+    kind: Literal["city", "river"]
+    is_big: bool
+
+
+@pytest.mark.parametrize("how", ["NativeOutput", "ToolOutput"])
+def test_a_typed_answer(target: Target, how: str) -> None:
+    agent = pydantic_ai.Agent(
+        model_of(target),
+        output_type=getattr(pydantic_ai, how)(Place),
+        model_settings={"temperature": 0.0, "max_tokens": 100},
+    )
+    assert isinstance(agent.run_sync("Paris").output, Place)
+
+
+def test_responses(scripted: Scripted) -> None:
+    from pydantic_ai.models.openai import OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    provider = OpenAIProvider(base_url=scripted.v1, api_key="any")
+    agent = pydantic_ai.Agent(OpenAIResponsesModel(scripted.model, provider=provider))
+
+    @agent.tool_plain
+    def weather(city: str) -> str:
+        """The weather of a city."""
+        return f"rain in {city}"
+
+    said = 'call weather {"city": "Zürich"}'
+    assert agent.run_sync(said).output == "The tool said: rain in Zürich"

@@ -22,6 +22,9 @@ from headrace.errors import InvalidRequestError, RequestError, UnsupportedParame
 
 TOOL_FIELDS = ("name", "description", "parameters", "strict")
 LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+"""Accepted, for agents always ask for it: reasoning items come with their text, which carries them
+from one request to the next."""
 
 _OF_OTHER_TOOLS = (
     "code_interpreter_call.outputs",
@@ -204,7 +207,7 @@ RESPONSES_HONOURED: dict[str, str] = {
     "background": "Runs on after the answer, which comes at once; needs store.",
     "stream": "Typed events; there is no [DONE].",
     "stream_options": "include_obfuscation is accepted; no padding is sent.",
-    "include": f"{LOGPROBS}; those of built-in tools add nothing.",
+    "include": f"{LOGPROBS}; {ENCRYPTED_REASONING} and those of built-in tools add nothing.",
     "max_output_tokens": "Reasoning counts, too; left out: as many as fit.",
     "max_tool_calls": "Counts built-in tools, of which there are none.",
     "metadata": "At most 16 notes; kept and given back.",
@@ -276,16 +279,10 @@ def parse(raw: bytes, *, strict_fields: bool) -> tuple[ResponsesRequest, list[st
 
 def check_included(name: str, *, param: str) -> None:
     """Raises for a value of `include` that asks for what is not there."""
-    if name == "reasoning.encrypted_content":
-        raise UnsupportedParameterError(
-            f"{param}: reasoning is not encrypted here; leave it out, reasoning items come with "
-            "their text.",
-            param=param,
-        )
-    if name != LOGPROBS and name not in _OF_OTHER_TOOLS:
+    known = (LOGPROBS, ENCRYPTED_REASONING, *_OF_OTHER_TOOLS)
+    if name not in known:
         raise InvalidRequestError(
-            f"{param}: {name[:64]!r} is unknown; known are: {LOGPROBS}, "
-            f"{', '.join(_OF_OTHER_TOOLS)}.",
+            f"{param}: {name[:64]!r} is unknown; known are: {', '.join(known)}.",
             param=param,
         )
 
