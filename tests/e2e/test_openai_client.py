@@ -226,7 +226,7 @@ def test_context_too_long(client: openai.OpenAI, prompt: str, max_tokens: int | 
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "tools[1].function.name"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),

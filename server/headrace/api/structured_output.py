@@ -156,7 +156,7 @@ def _of_response_format(wanted: ResponseFormat) -> Iterator[OutputGrammar]:
             yield json_grammar(form.schema_, "response_format.json_schema.schema")
         case other:
             raise UnsupportedParameterError(
-                f"response_format of type {other[:64]!r} is not supported; use text, json_object "
+                f"response_format.type {other[:64]!r} is not supported; use text, json_object "
                 "or json_schema, or structured_outputs for a regex, choice or grammar.",
                 param="response_format.type",
             )
