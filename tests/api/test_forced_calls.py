@@ -205,7 +205,7 @@ async def test_arguments_are_those_of_the_schema(http: httpx.AsyncClient, site: 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"bad_words": ["x"]}, "bad_words", "cannot be combined"),
     ({"allowed_token_ids": [1]}, "allowed_token_ids", "cannot be combined"),
-    ({"tools": [tool(parameters={"properties": {"a" * 600_000: {}}})]}, "tools", "characters"),
+    ({"tools": [tool(parameters={"properties": {"a" * 1_200_000: {}}})]}, "tools", "characters"),
 ]
 
 

@@ -109,6 +109,24 @@ def test_strict_calls_in_text(client: openai.OpenAI) -> None:
     assert any([check(choice) for choice in answer.choices])
 
 
+def test_a_format_beside_tools(client: openai.OpenAI) -> None:
+    """Each answer is a call, or fits the format."""
+    schema = SCHEMAS["add"]
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=QUESTION,
+        tools=TOOLS,
+        response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
+        n=4,
+        max_tokens=120,
+        seed=4,
+    )
+    for choice in answer.choices:
+        if not check(choice):
+            assert choice.finish_reason == "stop"
+            jsonschema.validate(json.loads(choice.message.content or ""), schema)
+
+
 def test_a_schema_that_cannot_be_kept_to_is_named(client: openai.OpenAI) -> None:
     function = {"name": "f", "strict": True, "parameters": {"not": {"required": ["a"]}}}
     with pytest.raises(openai.BadRequestError) as caught:

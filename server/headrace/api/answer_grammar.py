@@ -49,10 +49,10 @@ def answer_grammar(
     if use is not None:
         param = "tools" if use.forced else param
         check_sampling(sampling, param)
-        if len(text) > 2 * MAX_CHARACTERS:
+        if len(text) > 4 * MAX_CHARACTERS:
             raise InvalidRequestError(
                 f"The grammar of the tools' calls has {len(text)} characters, more than "
-                f"{2 * MAX_CHARACTERS}; give fewer tools, or simpler parameters.",
+                f"{4 * MAX_CHARACTERS}; give fewer tools, or simpler parameters.",
                 param="tools",
             )
     return OutputGrammar(text, param)
