@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from headrace.engine.sampling_batch import sampling_columns
+from headrace.engine.token_masks import allows
 from headrace.engine.token_rules import ThinkingEnd
 from headrace.sampling_params import ThinkingBudget
 
@@ -92,3 +94,28 @@ def test_preemption_and_replay_change_nothing(make_harness, overlaps):
     crowded.run()
     assert crowded.scheduler.num_preemptions > 0
     assert set(map(tuple, crowded.tokens.values())) == {tuple(whole.tokens["a"])}
+
+
+@pytest.mark.parametrize("may_end", [False, True])
+def test_a_grammar_finishes_a_character_first(make_harness, monkeypatch, may_end):
+    """Where its mask lacks the end, the end is not forced: no token would be left."""
+    harness = make_harness()
+    harness.add("a", PROMPT, max_tokens=5, thinking=begun(0))
+    harness.step()
+    running = harness.running
+    [row] = running.rows().tolist()
+    running.token_ids[row, len(PROMPT)] = 7  # as if the end had not been forced
+    mask = np.zeros(32, np.int32)
+    mask[END // 32] = np.array(1 << END % 32 if may_end else 0, np.int64).astype(np.int32)
+    running.constrained.add(row)
+    monkeypatch.setattr(running.token_masks, "of", lambda _: mask)
+    columns = sampling_columns(running, running.rows(), running.num_tokens[running.rows()])
+    assert (0 in columns.allowed) is may_end
+
+
+@pytest.mark.parametrize("token_id", [0, 31, 32, 95])
+def test_a_bit_of_a_mask(token_id: int) -> None:
+    bits = np.zeros(96, np.uint8)
+    bits[token_id] = 1
+    mask = np.packbits(bits, bitorder="little").view(np.int32)
+    assert [other for other in range(96) if allows(mask, other)] == [token_id]
