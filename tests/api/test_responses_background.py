@@ -138,6 +138,19 @@ async def test_another_process_may_cancel_it(
     assert kept.site.engine.aborted == [made["id"]]
 
 
+async def test_what_was_cancelled_stays_so(kept: Keeping, tmp_path: Path, keeping: Any) -> None:
+    """Whoever makes it has not heard of it when it is done."""
+    kept.site.engine.hold = True
+    made = await create(kept)
+    async with keeping(tmp_path / "data") as other:
+        await other.openai.responses.cancel(made["id"])
+    kept.site.engine.hold = False
+    await kept.site.settle()
+    await kept.site.services.background.close()
+    assert kept.site.engine.aborted == []
+    assert await status(kept, made["id"]) == "cancelled"
+
+
 async def test_deleting_ends_it(kept: Keeping) -> None:
     kept.site.engine.hold = True
     made = await create(kept)

@@ -290,7 +290,8 @@ async def test_what_only_chat_has_is_refused(http: httpx.AsyncClient) -> None:
 # --- truncation ---------------------------------------------------------------------------------
 
 
-async def test_the_oldest_turns_are_left_out(site: Any, http: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize("room", [10, 60, 100, 150, 220, 290, 360])
+async def test_the_oldest_turns_are_left_out(site: Any, http: httpx.AsyncClient, room: int) -> None:
     turns = [
         item
         for n in range(12)
@@ -302,13 +303,13 @@ async def test_the_oldest_turns_are_left_out(site: Any, http: httpx.AsyncClient)
     items = [*turns, {"role": "user", "content": "last"}]
     error = await refusal(http, input=items, instructions="Be brief.")
     assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
-    fields = {"truncation": "auto", "max_output_tokens": 100, "instructions": "Be brief."}
+    fields = {"truncation": "auto", "max_output_tokens": room, "instructions": "Be brief."}
     seen = await prompt(site, http, items, **fields)
     assert seen.startswith("system\nBe brief.<|im_end|>\nuser\nquestion ")
     assert "question 0" not in seen and seen.endswith("answer 11<|im_end|>\nuser\nlast<|im_end|>\n")
     length = len(site.engine.requests[-1].prompt_token_ids)
     turn = len("user\nquestion 1 \nassistant\nanswer 1\n") + 30 + 4
-    assert length + 100 <= 512 < length + 100 + turn + 2
+    assert length + room <= 512 < length + room + turn + 2
 
 
 async def test_the_last_turn_stays(http: httpx.AsyncClient) -> None:
