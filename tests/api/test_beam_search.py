@@ -173,7 +173,7 @@ async def test_a_client_that_leaves_ends_the_search(server: Any) -> None:
     site = server.site
     site.engine.step_seconds = 0.02
     body = {"prompt": "Hi", "use_beam_search": True, "n": 2, "max_tokens": 400}
-    async with httpx.AsyncClient(base_url=server.url, timeout=0.3) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=1.0) as http:
         with pytest.raises(httpx.ReadTimeout):
             await http.post(COMPLETIONS, json=body)
     await site.settle()

@@ -438,7 +438,7 @@ async def test_unknown_fields_are_named(http: httpx.AsyncClient) -> None:
 async def test_pings(http: httpx.AsyncClient, site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream begins before its first token where that is slow to come."""
     monkeypatch.setattr(messages_output, "PING_SECONDS", 0.05)
-    site.engine.step_seconds = 0.2
+    site.engine.step_seconds = 0.5
     site.engine.answer = "x"
     response = await http.post(URL, json={**BODY, "stream": True})
     kinds = [event["type"] for event in events_of(response.text)]

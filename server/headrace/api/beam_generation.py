@@ -2,8 +2,9 @@
 
 Each step asks the engine for one token after each of the beams, with the likeliest ones. So the
 engine knows nothing of beams: the prefix cache holds what they share, and a step computes what is
-not in whole blocks, at most a block for each beam. What it costs is that the tokens of a beam
-travel to the engine again in each step.
+not in whole blocks, at most a block for each beam. What it costs is that, and that the tokens of a
+beam travel to the engine again in each step: with four beams of 48 tokens (SmolLM2-135M, two cores)
+three to seven times the time of four greedy sequences.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def start_beam_search(
                 choice = Choice(index, request, stream, text.tokenizer, context.ledger, shown)
                 generation.choices.append(choice)
     except BaseException:
+        generation.close()
         for search in searches:
             search.close()
         raise
