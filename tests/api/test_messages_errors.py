@@ -212,3 +212,29 @@ async def test_structured_output(client: anthropic.AsyncAnthropic, site: Any) ->
     )
     assert message.to_dict()["content"] == [{"type": "text", "text": '{"city": "Paris"}'}]
     assert "city" in site.engine.requests[0].grammar
+
+
+async def test_a_tool_runner_that_wants_a_thread(
+    site: Any, client: anthropic.AsyncAnthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told that there are none, and goes on without."""
+    answers = ['<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>', "Rain."]
+    submit = site.engine.submit
+
+    def next_answer(request: Any) -> Any:
+        site.engine.answer = answers.pop(0)
+        return submit(request)
+
+    monkeypatch.setattr(site.engine, "submit", next_answer)
+
+    @anthropic.beta_async_tool
+    async def weather(city: str) -> str:
+        """Tells it."""
+        return f"rain in {city}"
+
+    site.engine.max_model_len = 4096
+    runner = client.beta.messages.tool_runner(**BODY, tools=[weather])
+    reasons = [message.stop_reason async for message in runner]
+    assert reasons == ["tool_use", "end_turn"] and not answers
+    prompt = site.engine.requests[-1].prompt_token_ids
+    assert "rain in Rome" in site.engine.tokenizer.decode(prompt)

@@ -34,6 +34,10 @@ ERRORS: tuple[tuple[type[HeadraceError], int, str], ...] = (
     (HeadraceError, 500, "api_error"),
 )
 
+# Clients that keep conversations at the server, as anthropic-python's tool runner does, read it and
+# send the whole conversation instead.
+_NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": []}
+
 # Chat's name of a field -> that of the Messages API, in messages about the former.
 _THEIR_NAMES = (
     (".function.parameters", ".input_schema"),
@@ -62,7 +66,10 @@ def messages_error(error: HeadraceError) -> tuple[dict[str, Any], int]:
             message = message.replace("stop", "stop_sequences", 1)
         for ours, theirs in _THEIR_NAMES:
             message = message.replace(ours, theirs)
-    return error_body(kind, message), status
+    body = error_body(kind, message)
+    if isinstance(error, RequestError) and error.param == "thread":
+        body["error"]["details"] = _NO_THREADS
+    return body, status
 
 
 def error_body(kind: str, message: str) -> dict[str, Any]:

@@ -147,7 +147,7 @@ REFUSED: dict[str, Refused] = {
     "output_format": Refused("Use output_config.format."),
     "service_tier": Refused("There is one tier.", ("auto", "standard_only")),
     "speed": Refused("There is one speed.", ("standard",)),
-    "thread": Refused("Send the whole conversation; the tool runner does with thread=False."),
+    "thread": Refused("Send the whole conversation, as clients do that read the error's details."),
 }
 
 # The same inside of tools; the other fields there change no output.
