@@ -327,6 +327,14 @@ async def test_calls_and_text_in_turns(http: httpx.AsyncClient, site: Any) -> No
     assert [block["type"] for block in answer["content"]] == ["tool_use", "text"]
 
 
+async def test_arguments_that_decoders_refuse(http: httpx.AsyncClient, site: Any) -> None:
+    written = '{"city": "\\ud800", "n": ' + "9" * 60 + ', "m": 1e999}'
+    site.engine.answer = f'<tool_call>{{"name": "weather", "arguments": {written}}}</tool_call>'
+    response = await http.post(URL, json={**BODY, "tools": [TOOL], "max_tokens": 1000})
+    assert response.status_code == 200
+    assert f'"input":{written}' in response.text
+
+
 async def test_a_call_that_is_none(http: httpx.AsyncClient, site: Any) -> None:
     site.engine.answer = 'Hm. <tool_call>{"name": "weather", "arguments": {"city": oops'
     answer = (await http.post(URL, json={**BODY, "tools": [TOOL]})).json()

@@ -198,15 +198,10 @@ def content_blocks(pieces: Sequence[MessagePiece]) -> list[dict[str, Any]]:
             case Arguments(text):
                 texts.append(text)
             case CallEnd():
-                value = msgspec.json.decode("".join(texts))
-                blocks.append(
-                    {
-                        "type": "tool_use",
-                        "id": _tool_use_id(start),
-                        "name": start.name,
-                        "input": value,
-                    }
-                )
+                # As it was written: models write numbers and escapes that no decoder takes.
+                arguments = msgspec.Raw("".join(texts).encode())
+                block = {"type": "tool_use", "id": _tool_use_id(start), "name": start.name}
+                blocks.append({**block, "input": arguments})
                 end()
     end()
     return blocks
