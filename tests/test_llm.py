@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from headrace import LLM, SamplingParams
-from headrace.errors import ConfigError, ContextLengthExceededError
+from headrace.errors import ConfigError, ContextLengthExceededError, InvalidRequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -89,3 +89,24 @@ def test_bad_words_and_allowed_tokens(llm):
     assert phrase not in llm.generate("Once upon a time", bad)[0].text
     few = dataclasses.replace(GREEDY, allowed_token_ids=tuple(free.token_ids[:2]))
     assert set(llm.generate("Once upon a time", few)[0].token_ids) <= set(free.token_ids[:2])
+
+
+def test_vectors_of_texts_together_equal_those_alone(llm):
+    texts = ["A man is eating food.", "A man is eating bread.", "x"]
+    together = llm.embed(texts)
+    assert together == [llm.embed(text)[0] for text in texts]
+    assert all(abs(sum(value * value for value in vector) - 1) < 1e-5 for vector in together)
+    assert len(together[0]) == 576
+    [cut] = llm.embed(texts[0], dimensions=64)
+    length = sum(value * value for value in together[0][:64]) ** 0.5
+    assert cut == pytest.approx([value / length for value in together[0][:64]], abs=1e-6)
+    with pytest.raises(ContextLengthExceededError, match="takes 511"):
+        llm.embed("word " * 600)
+
+
+def test_an_encoder_embeds_and_does_not_generate(minilm_path):
+    with LLM(str(minilm_path)) as encoder:
+        near, nearer = encoder.embed(["A man is eating food.", "A man is eating bread."])
+        assert sum(a * b for a, b in zip(near, nearer, strict=True)) > 0.6
+        with pytest.raises(InvalidRequestError, match="generates nothing"):
+            encoder.generate("Hello", GREEDY)

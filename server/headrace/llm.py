@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import queue
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
@@ -13,12 +14,12 @@ from typing import Any, Self, TypeVar
 
 from headrace.config import EngineConfig, load_options
 from headrace.engine.build import build_engine
-from headrace.engine.client import FinishReason, TokenLogprobs
+from headrace.engine.client import FinishReason, Task, TokenLogprobs
 from headrace.engine.inprocess_client import InProcessEngineClient
-from headrace.errors import EngineError
+from headrace.errors import EngineError, InvalidRequestError
 from headrace.loading.checkpoint import open_checkpoint
 from headrace.loading.resolver import resolve_model
-from headrace.sampling_params import GenerateRequest, SamplingParams
+from headrace.sampling_params import GenerateRequest, PoolingParams, SamplingParams
 from headrace.text.output_text import OutputText
 from headrace.text.processor import TextProcessor
 
@@ -101,6 +102,18 @@ class LLM:
         batch: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         return self.generate([self._chat_ids(conversation) for conversation in batch], sampling)
 
+    def embed(
+        self,
+        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        *,
+        dimensions: int | None = None,
+    ) -> list[list[float]]:
+        """A vector of each prompt, text or token ids, pooled as the model says. `dimensions`: only
+        the first ones, of models that were trained for it; it is not checked whether this one was.
+        """
+        ids = [self._token_ids(prompt) for prompt in _as_batch(prompts)]
+        return self._call(self._embed_all(ids, dimensions))
+
     def stream(
         self, prompt: str | Sequence[int], sampling: SamplingParams | None = None
     ) -> Iterator[str]:
@@ -148,6 +161,35 @@ class LLM:
                 for index in range(sampling.n)
             )
         )
+
+    async def _embed_all(
+        self, prompts: list[list[int]], dimensions: int | None
+    ) -> list[list[float]]:
+        info = await self._client.wait_ready()
+        if info.pooling is None or Task.EMBED not in info.tasks:
+            raise InvalidRequestError("This model makes no embeddings: it is a classifier.")
+        params = PoolingParams(
+            pooling=info.pooling.pooling, normalize=info.pooling.normalize, dimensions=dimensions
+        )
+        return await asyncio.gather(*(self._embed(prompt, params) for prompt in prompts))
+
+    async def _embed(self, prompt: list[int], params: PoolingParams) -> list[float]:
+        request = GenerateRequest(
+            request_id=f"llm-{next(self._request_numbers)}",
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(),
+            arrival_time=time.monotonic(),
+            pooling=params,
+        )
+        stream = self._client.submit(request)
+        try:
+            async for output in stream:
+                if output.vector is not None:
+                    return list(struct.unpack(f"<{len(output.vector) // 4}f", output.vector))
+                raise EngineError(output.error or "The engine made no vector.")
+        finally:
+            stream.abort()
+        raise EngineError("The request was aborted.")
 
     async def _complete(self, prompt: list[int], sampling: SamplingParams) -> Completion:
         text: list[str] = []

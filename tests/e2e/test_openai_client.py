@@ -353,3 +353,16 @@ def test_the_parameters_told_repeat_the_answer(client: openai.OpenAI) -> None:
     assert times["prefill_ms"] > 0 and times["decode_ms"] > 0 and times["queue_ms"] >= 0
     whole = float(raw.headers["openai-processing-ms"])
     assert sum(times[f"{stage}_ms"] for stage in ("queue", "prefill", "decode")) <= whole + 1
+
+
+def test_a_language_model_makes_vectors(client: openai.OpenAI, server: Server) -> None:
+    texts = ["The cat sits on the mat.", "A cat is sitting on a mat.", "Interest rates rose again."]
+    together = client.embeddings.create(model=MODEL, input=texts)
+    vectors = [entry.embedding for entry in together.data]
+    assert {len(vector) for vector in vectors} == {576}
+    alone = client.embeddings.create(model=MODEL, input=texts[1])
+    assert alone.data[0].embedding == vectors[1]
+    scores = server.post("/v1/score", {"text_1": texts[0], "text_2": texts[1:]}).json()["data"]
+    assert scores[0]["score"] > scores[1]["score"]
+    with pytest.raises(openai.BadRequestError, match="Matryoshka"):
+        client.embeddings.create(model=MODEL, input="a", dimensions=64)
