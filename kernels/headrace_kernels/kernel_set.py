@@ -184,9 +184,10 @@ class AddLayerNorm(Protocol):
         x: Tensor | None,
         residual: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         eps: float,
         out: Tensor,
+        keeps_sum: bool = False,
     ) -> None: ...
 
 
@@ -196,7 +197,14 @@ class MlpActivation(Protocol):
 
 class BidirectionalAttention(Protocol):
     def __call__(
-        self, qkv: Tensor, starts: Sequence[int], num_heads: int, scale: float, out: Tensor
+        self,
+        qkv: Tensor,
+        starts: Sequence[int],
+        num_heads: int,
+        scale: float,
+        out: Tensor,
+        window: int | None = None,
+        cos_sin: Tensor | None = None,
     ) -> None: ...
 
 

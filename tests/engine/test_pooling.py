@@ -200,11 +200,28 @@ def test_a_classifier_gives_logits(tmp_path: Path) -> None:
     assert engine.info.tasks == [Task.CLASSIFY]
     assert engine.info.pooling.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
     texts = prompts(12, 9)
-    found = vectors(engine, texts, task="classify", second_text=5)
+    found = vectors(engine, texts, task="classify", pooling="cls", second_text=5)
     for text, logits in zip(texts, found, strict=True):
         types = torch.tensor([[int(i >= 5) for i in range(len(text))]])
         with torch.inference_mode():
             theirs = model(torch.tensor([text]), token_type_ids=types).logits[0].numpy()
+        assert np.abs(logits - theirs).max() < 1e-5
+
+
+def test_a_classifier_that_judges_the_mean(tmp_path: Path) -> None:
+    ids = {name: 1 for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids |= {"cls_token_id": 1, "sep_token_id": 1}
+    architecture = "ModernBertForSequenceClassification"
+    model = save(tmp_path, architecture, num_labels=1, classifier_pooling="mean", **ids)
+    engine = engine_of(tmp_path)
+    assert engine.info.tasks == [Task.CLASSIFY, Task.SCORE]
+    assert engine.info.pooling.pooling == "mean"
+    texts = prompts(12, 90)
+    for text, logits in zip(
+        texts, vectors(engine, texts, task="classify", pooling="mean"), strict=True
+    ):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([text])).logits[0].numpy()
         assert np.abs(logits - theirs).max() < 1e-5
 
 

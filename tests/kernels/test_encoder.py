@@ -27,6 +27,24 @@ def test_attention_stays_within_requests(dtype: torch.dtype, error: float) -> No
     assert out[55:].isnan().all(), "padding was written"
 
 
+def test_rotated_attention_within_a_window() -> None:
+    heads, size = 2, 8
+    qkv, angles = torch.randn(55, 3 * heads * size), torch.rand(40, size // 2)
+    cos_sin = torch.stack((angles.cos(), angles.sin()), dim=1)
+    out = bidirectional_attention(qkv, STARTS, heads, window=3, cos_sin=cos_sin)
+    for begin, end in zip(STARTS[:-1], STARTS[1:], strict=True):
+        q, k, v = qkv[begin:end].double().unflatten(1, (3, heads, size)).unbind(1)
+        turn = torch.polar(
+            torch.ones(end - begin, 1, size // 2).double(), angles[: end - begin, None].double()
+        )
+        q, k = (torch.complex(*x.chunk(2, dim=-1)) * turn for x in (q, k))
+        products = torch.einsum("ihd,jhd->hij", q, k.conj()).real * size**-0.5
+        place = torch.arange(end - begin)
+        products[:, (place[:, None] - place).abs() > 3] = -torch.inf
+        expected = torch.einsum("hij,jhd->ihd", products.softmax(-1), v).flatten(1)
+        assert torch.allclose(out[begin:end].double(), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "relu"])
 def test_activations(kind: str) -> None:
     x = 3 * torch.randn(64, 37)
@@ -50,6 +68,11 @@ def test_the_norm_of_a_sum(dtype: torch.dtype) -> None:
     out = add_layer_norm(x, residual, weight, bias, 1e-5, poisoned(9, 40, dtype=dtype))
     assert torch.allclose(residual.double(), expected, atol=1e-5)
     assert torch.equal(out, residual.to(dtype))
+    summed, kept = x + residual, residual.clone()
+    if dtype == torch.float32:
+        normalised = add_layer_norm(x, kept, weight, None, 1e-5, keeps_sum=True)
+        assert torch.equal(kept, summed)
+        assert torch.equal(normalised, add_layer_norm(None, summed, weight, None, 1e-5))
     again = residual.clone()
     add_layer_norm(None, again, torch.ones(40), torch.zeros(40), 1e-5)
     assert again.mean().abs() < 1e-6

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headrace.errors import CheckpointError
-from headrace.models.bert import Encoder
 from headrace.models.encoder_config import EncoderConfig, is_encoder
+from headrace.models.encoders import EncoderModel, build_encoder
 from headrace_kernels.dispatch import KernelFacts, choose
 
 MAX_ERROR = 1e-4
@@ -33,6 +33,17 @@ DISTILBERT = {
     "max_position_embeddings": 66,
     "initializer_range": 0.2,
 }
+MODERN = {
+    **SIZES,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "local_attention": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", SIZES),
     "bert tanh": ("BertModel", {**SIZES, "hidden_act": "gelu_new"}),
@@ -40,12 +51,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("RobertaModel", {**SIZES, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRobertaModel", {**SIZES, "type_vocab_size": 1, "hidden_act": "relu"}),
     "distilbert": ("DistilBertModel", DISTILBERT),
+    "modernbert": ("ModernBertModel", MODERN),
+    "modernbert biases": (
+        "ModernBertModel",
+        {**MODERN, "norm_bias": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "modernbert with a head": ("ModernBertForMaskedLM", MODERN),
 }
 CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", {**SIZES, "num_labels": 3}),
     "roberta": ("RobertaForSequenceClassification", {**SIZES, "num_labels": 1}),
     "xlm-roberta": ("XLMRobertaForSequenceClassification", {**SIZES, "num_labels": 2}),
     "distilbert": ("DistilBertForSequenceClassification", {**DISTILBERT, "num_labels": 5}),
+    "modernbert": ("ModernBertForSequenceClassification", {**MODERN, "num_labels": 2}),
 }
 
 
@@ -64,14 +82,20 @@ def reference(architecture: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def ours(model: Any, as_weights: Any, dtype: torch.dtype = torch.float32) -> Encoder:
+def ours(model: Any, as_weights: Any, dtype: torch.dtype = torch.float32) -> EncoderModel:
     diff = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
     assert is_encoder(diff)
     config = EncoderConfig.from_hf(diff)
     facts = KernelFacts(
         device="cpu", arch="any", dtype=dtype, head_dim=config.head_dim, page_size=16
     )
-    encoder = Encoder(config, dtype=dtype, device=torch.device("cpu"), kernels=choose(facts))
+    encoder = build_encoder(
+        config,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        kernels=choose(facts),
+        max_positions=config.max_position_embeddings,
+    )
     for parameter in encoder.parameters():
         parameter.fill_(float("nan"))
     encoder.load_weights(as_weights(model.state_dict()))
@@ -80,7 +104,7 @@ def ours(model: Any, as_weights: Any, dtype: torch.dtype = torch.float32) -> Enc
 
 @torch.inference_mode()
 def hidden_states(
-    encoder: Encoder, requests: Sequence[Sequence[int]], second: Sequence[int] = ()
+    encoder: EncoderModel, requests: Sequence[Sequence[int]], second: Sequence[int] = ()
 ) -> list[Tensor]:
     """Of each request, computed together; `second`: where the second text of each begins."""
     lengths = [len(request) for request in requests]
@@ -144,10 +168,12 @@ def test_logits_of_pairs(architecture: str, options: dict[str, Any], as_weights:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@torch.inference_mode()
 def test_a_request_is_the_same_in_any_company(
-    dtype: torch.dtype, threads: int, as_weights: Any
+    family: str, dtype: torch.dtype, threads: int, as_weights: Any
 ) -> None:
-    encoder = ours(reference(*CLASSIFIERS["bert"]), as_weights, dtype)
+    encoder = ours(reference(*CLASSIFIERS[family]), as_weights, dtype)
     requests = random_requests(37, 1, 64, 9, 50)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -210,3 +236,31 @@ def test_old_names_of_norms(as_weights: Callable[..., Any]) -> None:
         parameter.fill_(float("nan"))
     encoder.load_weights(as_weights(state))
     assert torch.equal(hidden_states(encoder, [request])[0], expected)
+
+
+def test_configs_of_modernbert_old_and_new() -> None:
+    base = {**MODERN, "architectures": ["ModernBertModel"]}
+    old = {
+        **base,
+        "global_attn_every_n_layers": 2,
+        "global_rope_theta": 500.0,
+        "local_rope_theta": 50.0,
+        "position_embedding_type": "sans_pos",
+    }
+    traits = EncoderConfig.from_hf(old).modern
+    assert traits is not None
+    assert traits.windows == (None, 8, None, 8)
+    assert traits.thetas == (500.0, 50.0, 500.0, 50.0)
+    new = {
+        **base,
+        "layer_types": ["sliding_attention"] + ["full_attention"] * 3,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 7.0}},
+    }
+    traits = EncoderConfig.from_hf(new).modern
+    assert traits is not None
+    assert traits.windows == (8, None, None, None)
+    assert traits.thetas == (10_000.0, 7.0, 7.0, 7.0)
+    with pytest.raises(CheckpointError, match="'rope_type' 'yarn' is not supported"):
+        EncoderConfig.from_hf({**new, "rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
+    with pytest.raises(CheckpointError, match="'layer_types' names chunked"):
+        EncoderConfig.from_hf({**base, "layer_types": ["chunked"] * 4})

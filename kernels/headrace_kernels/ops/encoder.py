@@ -23,27 +23,31 @@ def add_layer_norm(
     x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     out: Tensor | None = None,
+    *,
+    keeps_sum: bool = False,
 ) -> Tensor:
     """residual = layer_norm(residual + x) * weight + bias, in fp32, and out = residual.
 
-    Ba et al., arXiv 1607.06450, behind the residual add, as BERT has it. Mutates `residual`.
+    Ba et al., arXiv 1607.06450, behind the residual add, as BERT has it. Mutates `residual`: with
+    keeps_sum it is only the sum afterwards, as models have it that normalise before each part.
 
     Args:
         x: [T, E], any float dtype, or None: nothing is added.
         residual: [T, E] float32, mutated.
-        weight, bias: [E] float32.
+        weight, bias: [E] float32; bias may be None.
         out: [T, E], any float dtype; like residual if None.
     """
     out = torch.empty_like(residual) if out is None else out
     if x is not None:
         check("x", x, residual, shape=residual.shape)
     check("weight", weight, residual, shape=residual.shape[-1:], dtype=torch.float32)
-    check("bias", bias, residual, shape=residual.shape[-1:], dtype=torch.float32)
+    if bias is not None:
+        check("bias", bias, residual, shape=residual.shape[-1:], dtype=torch.float32)
     check("out", out, residual, shape=residual.shape)
-    kernels_for(residual).add_layer_norm(x, residual, weight, bias, eps, out)
+    kernels_for(residual).add_layer_norm(x, residual, weight, bias, eps, out, keeps_sum)
     return out
 
 
@@ -72,6 +76,9 @@ def bidirectional_attention(
     num_heads: int,
     scale: float | None = None,
     out: Tensor | None = None,
+    *,
+    window: int | None = None,
+    cos_sin: Tensor | None = None,
 ) -> Tensor:
     """Attention of each token to all tokens of its own request: Devlin et al., arXiv 1810.04805.
 
@@ -81,6 +88,9 @@ def bidirectional_attention(
         num_heads: H.
         scale: of the products of queries and keys; 1 / sqrt(D) if None.
         out: [T, H * D], in the dtype of qkv.
+        window: tokens at most so far away are attended to, on either side; None: all.
+        cos_sin: [positions, 2, D / 2] float32 of layers/rope.py, by which queries and keys are
+            rotated (arXiv 2104.09864), positions being counted from 0 in each request; or None.
     """
     if qkv.shape[1] % (3 * num_heads):
         raise ValueError(
@@ -91,7 +101,7 @@ def bidirectional_attention(
     _check_starts(starts, qkv)
     check("out", out, qkv, shape=(len(qkv), width), dtype=qkv.dtype)
     scale = (width // num_heads) ** -0.5 if scale is None else scale
-    kernels_for(qkv).bidirectional_attention(qkv, starts, num_heads, scale, out)
+    kernels_for(qkv).bidirectional_attention(qkv, starts, num_heads, scale, out, window, cos_sin)
     return out
 
 

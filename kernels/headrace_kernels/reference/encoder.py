@@ -14,13 +14,21 @@ from torch.nn import functional
 
 
 def add_layer_norm(
-    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor
+    x: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    keeps_sum: bool = False,
 ) -> None:
     """See ops/encoder.py."""
     if x is not None:
         residual.add_(x)
-    residual.copy_(functional.layer_norm(residual, residual.shape[-1:], weight, bias, eps))
-    out.copy_(residual)
+    normalised = functional.layer_norm(residual, residual.shape[-1:], weight, bias, eps)
+    if not keeps_sum:
+        residual.copy_(normalised)
+    out.copy_(normalised)
 
 
 def mlp_activation(x: Tensor, starts: Sequence[int], kind: str, out: Tensor) -> None:
@@ -35,15 +43,38 @@ def mlp_activation(x: Tensor, starts: Sequence[int], kind: str, out: Tensor) -> 
 
 
 def bidirectional_attention(
-    qkv: Tensor, starts: Sequence[int], num_heads: int, scale: float, out: Tensor
+    qkv: Tensor,
+    starts: Sequence[int],
+    num_heads: int,
+    scale: float,
+    out: Tensor,
+    window: int | None = None,
+    cos_sin: Tensor | None = None,
 ) -> None:
     """See ops/encoder.py."""
     for rows in _spans(starts):
         # [3, 1, H, N, D], in memory of its own: how sums are made may depend on alignment.
-        heads = qkv[rows].view(rows.stop - rows.start, 3, num_heads, -1)
+        heads = qkv[rows].view(-1, 3, num_heads, qkv.shape[1] // (3 * num_heads))
         q, k, v = heads.permute(1, 2, 0, 3)[:, None].clone()
-        attended = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        if cos_sin is not None:
+            q, k = _rotated(q, cos_sin), _rotated(k, cos_sin)
+        mask = None if window is None else _near(q.shape[2], window, q.device)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         out[rows] = attended[0].transpose(0, 1).flatten(1)
+
+
+def _rotated(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x: [1, H, N, D], rotated by the angles of the positions from 0 on."""
+    cos, sin = cos_sin[: x.shape[2]].unbind(1)
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def _near(count: int, window: int, device: torch.device) -> Tensor:
+    """[N, N] bool: whether two positions are at most `window` apart."""
+    positions = torch.arange(count, device=device)
+    return (positions[:, None] - positions).abs() <= window
 
 
 def _spans(starts: Sequence[int]) -> Iterator[slice]:

@@ -94,7 +94,7 @@ class ServedClassifier:
     async def scores(self, texts: Sequence[str]) -> list[Mapping[str, float]]:
         with self._run.services.counting_rejections():
             inputs = await self._run.encode(texts, "input")
-        params = PoolingParams(task="classify", pooling="cls")
+        params = PoolingParams(task="classify", pooling=self._run.pooling.pooling)
         logits = await self._run.run(self._request, inputs, params)
         return [self._by_category(values(vector)) for vector in logits]
 

@@ -55,7 +55,7 @@ class PairScorer:
         """Of each pair. The engine's requests end if the client goes away."""
         run = self._run
         if self._reads_both:
-            params = PoolingParams(task="classify", pooling="cls")
+            params = PoolingParams(task="classify", pooling=run.pooling.pooling)
             logits = await run.run(request, self._inputs, params)
             return [activated(values(vector), run.pooling.score_activation)[0] for vector in logits]
         params = PoolingParams(pooling=run.pooling.pooling, normalize=True)

@@ -31,9 +31,9 @@ from headrace.errors import ConfigError
 from headrace.layers.matrix import Matrix
 from headrace.layers.weights import WeightTensor
 from headrace.models.base import CausalLM, build_model
-from headrace.models.bert import Encoder
 from headrace.models.config import ModelConfig
 from headrace.models.encoder_config import EncoderConfig
+from headrace.models.encoders import build_encoder
 from headrace.quantization.gguf_blocks import GGUFBlocks
 from headrace.quantization.load_time import LoadTimeForm
 from headrace.quantization.method import QuantMethod
@@ -124,7 +124,13 @@ def _encoder_engine(
     start: float,
 ) -> EncoderEngine:
     resolved, device = plan.resolved, torch.device(plan.resolved.device)
-    model = Encoder(config, dtype=DTYPES[resolved.dtype], device=device, kernels=kernels)
+    model = build_encoder(
+        config,
+        dtype=DTYPES[resolved.dtype],
+        device=device,
+        kernels=kernels,
+        max_positions=resolved.max_model_len,
+    )
     model.load_weights(weights)
     tasks = [Task.EMBED, Task.SCORE]
     if config.is_classifier:
@@ -166,6 +172,8 @@ def _pooling_info(plan: Plan) -> PoolingInfo:
     if isinstance(model, EncoderConfig):
         labels, activation = list(model.labels), model.score_activation
         info = replace(info, labels=labels, score_activation=activation)
+        if model.is_classifier:
+            info = replace(info, pooling=model.classifier_pooling)
     return info
 
 

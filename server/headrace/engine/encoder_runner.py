@@ -11,14 +11,14 @@ from torch import Tensor
 from headrace.engine.batch import FloatArray
 from headrace.engine.pooling import pooled
 from headrace.layers.matrix import Matrix
-from headrace.models.bert import Encoder
+from headrace.models.encoders import EncoderModel
 from headrace.sampling_params import GenerateRequest, PoolingParams
 
 
 class EncoderRunner:
     """Not thread-safe; one batch at a time."""
 
-    def __init__(self, model: Encoder) -> None:
+    def __init__(self, model: EncoderModel) -> None:
         self._model = model
         self._device = model.context.device
         self._pad_to = max(
@@ -32,17 +32,18 @@ class EncoderRunner:
         starts = [0, *np.cumsum(lengths).tolist()]
         hidden = self._forward(requests, lengths, starts)
         vectors: list[FloatArray] = []
-        firsts: list[Tensor] = []
+        judged: list[FloatArray] = []
         for index, request in enumerate(requests):
             params = _params(request)
             own = hidden[starts[index] : starts[index + 1]]
             if params.task == "classify":
-                firsts.append(own[:1])
+                judged.append(pooled(own, params))
             else:
                 vectors.append(pooled(own, params))
-        if not firsts:
+        if not judged:
             return vectors
-        logits = iter(self._model.classify(torch.cat(firsts)).cpu().numpy())
+        hidden = torch.from_numpy(np.stack(judged)).to(self._device)
+        logits = iter(self._model.classify(hidden).cpu().numpy())
         embeddings = iter(vectors)
         return [
             next(logits if _params(request).task == "classify" else embeddings)

@@ -161,11 +161,13 @@ class Encoder(nn.Module):
                 continue
             is_ours = name.startswith(("embeddings.", "encoder.")) or is_head
             if is_ours and not name.endswith(("position_ids", "embeddings.token_type_ids")):
-                yield _Renamed(name, tensor)
+                yield Renamed(name, tensor)
 
 
 @dataclass(frozen=True, slots=True)
-class _Renamed:
+class Renamed:
+    """A WeightTensor under another name."""
+
     name: str
     tensor: WeightTensor
 

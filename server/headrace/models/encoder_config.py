@@ -88,7 +88,18 @@ FAMILIES: tuple[EncoderFamily, ...] = (
         has_token_types=False,
         renamed=_DISTILBERT_NAMES,
     ),
+    EncoderFamily(
+        name="modernbert",
+        models=("ModernBertModel", "ModernBertForMaskedLM"),
+        classifiers=("ModernBertForSequenceClassification",),
+        prefix="model.",
+        head=("head", "classifier"),
+        has_token_types=False,
+    ),
 )
+
+
+MODERN = FAMILIES[-1]
 
 
 def known_encoders() -> list[str]:
@@ -100,6 +111,50 @@ def is_encoder(config: Mapping[str, object]) -> bool:
     """Whether a config.json is that of an encoder that can be served."""
     names = config.get("architectures")
     return isinstance(names, list) and bool(names) and names[0] in known_encoders()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModernTraits:
+    """What ModernBERT has that BERT has not."""
+
+    thetas: tuple[float, ...]
+    """Of each layer's rotary embedding."""
+    windows: tuple[int | None, ...]
+    """Of each layer: tokens that it attends to on either side; None for all."""
+    norm_bias: bool
+    attention_bias: bool
+    mlp_bias: bool
+    head_bias: bool
+    head_activation: str
+
+    @classmethod
+    def from_hf(cls, fields: Fields, layers: int) -> ModernTraits:
+        every = fields.integer("global_attn_every_n_layers", 3)
+        default = ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+        kinds = fields.sequence("layer_types", layers, str) or default
+        half = fields.integer("local_attention", 128) // 2
+        thetas = {
+            "full_attention": fields.number("global_rope_theta", 160_000.0),
+            "sliding_attention": fields.number("local_rope_theta", 10_000.0),
+        }
+        if rope := fields.section("rope_parameters"):
+            for kind in thetas:
+                if (own := rope.section(kind)) is None:
+                    continue
+                if (named := own.text("rope_type", "default")) != "default":
+                    raise CheckpointError(f"{own.source}: 'rope_type' {named!r} is not supported.")
+                thetas[kind] = own.number("rope_theta", thetas[kind])
+        if unknown := sorted(set(kinds) - thetas.keys()):
+            raise CheckpointError(f"config.json: 'layer_types' names {', '.join(unknown)}.")
+        return cls(
+            thetas=tuple(thetas[kind] for kind in kinds),
+            windows=tuple(half if kind == "sliding_attention" else None for kind in kinds),
+            norm_bias=fields.flag("norm_bias", False),
+            attention_bias=fields.flag("attention_bias", False),
+            mlp_bias=fields.flag("mlp_bias", False),
+            head_bias=fields.flag("classifier_bias", False),
+            head_activation=_activation(fields, "classifier_activation"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +180,10 @@ class EncoderConfig:
     score_activation: ScoreActivation
     """What turns a classifier's logits into scores."""
     checkpoint_dtype: str
+    classifier_pooling: Literal["cls", "mean"] = "cls"
+    """What a classifier judges: the first token, or the mean over all."""
+    modern: ModernTraits | None = None
+    """None: it has BERT's shape."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -154,11 +213,22 @@ class EncoderConfig:
     def num_parameters(self) -> int:
         """Weights and biases that are read."""
         size, inner = self.hidden_size, self.intermediate_size
+        if self.modern is not None:
+            return self._num_modern_parameters(self.modern)
         tables = (self.vocab_size + self.num_positions + self.num_token_types) * size
         layer = 4 * (size * size + size) + 2 * size * inner + inner + size + 4 * size
         labels = len(self.labels)
         head = size * size + size + labels * size + labels if labels else 0
         return tables + 2 * size + self.num_layers * layer + head
+
+    def _num_modern_parameters(self, traits: ModernTraits) -> int:
+        size, inner, labels = self.hidden_size, self.intermediate_size, len(self.labels)
+        norm = size * (1 + traits.norm_bias)
+        layer = 4 * size * size + traits.attention_bias * 4 * size + 3 * size * inner + 2 * norm
+        layer += traits.mlp_bias * (2 * inner + size)
+        head = size * (size + traits.head_bias) + norm + labels * (size + 1) if labels else 0
+        # The first layer has one norm less, and there is one at either end.
+        return self.vocab_size * size + self.num_layers * layer + norm + head
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object]) -> EncoderConfig:
@@ -168,12 +238,12 @@ class EncoderConfig:
         fields = Fields(names, "config.json")
         architecture = str(fields.sequence("architectures", 1, str)[0])  # type: ignore[index]
         family = next(f for f in FAMILIES if architecture in (*f.models, *f.classifiers))
-        act = fields.text("hidden_act", "gelu")
-        if act not in _ACTIVATIONS:
-            raise CheckpointError(
-                f"config.json: 'hidden_act' {act!r} is not supported: {', '.join(_ACTIVATIONS)}."
-            )
-        if (kind := fields.text("position_embedding_type", "absolute")) != "absolute":
+        is_modern = family is MODERN
+        layers = fields.integer("num_hidden_layers")
+        if (
+            not is_modern
+            and (kind := fields.text("position_embedding_type", "absolute")) != "absolute"
+        ):
             raise CheckpointError(
                 f"config.json: 'position_embedding_type' {kind!r} is not supported: absolute."
             )
@@ -185,27 +255,40 @@ class EncoderConfig:
             vocab_size=fields.integer("vocab_size"),
             hidden_size=fields.integer("hidden_size"),
             intermediate_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers"),
+            num_layers=layers,
             num_heads=fields.integer("num_attention_heads"),
-            layer_norm_eps=fields.number("layer_norm_eps", 1e-12),
-            num_positions=fields.integer("max_position_embeddings", 512),
+            layer_norm_eps=fields.number("layer_norm_eps", 1e-5 if is_modern else 1e-12),
+            num_positions=fields.integer("max_position_embeddings", 8192 if is_modern else 512),
             first_position=padding + 1 if family.counts_from_padding else 0,
             num_token_types=fields.integer("type_vocab_size", 2) if family.has_token_types else 0,
-            activation=_ACTIVATIONS[act],
+            activation=_activation(fields, "hidden_act"),
             labels=labels,
             score_activation=_score_activation(config, len(labels)),
             checkpoint_dtype=fields.text("dtype", fields.text("torch_dtype", "float32")),
+            classifier_pooling="mean" if config.get("classifier_pooling") == "mean" else "cls",
+            modern=ModernTraits.from_hf(fields, layers) if is_modern else None,
         )
 
 
+def _activation(fields: Fields, key: str) -> str:
+    name = fields.text(key, "gelu")
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(
+            f"config.json: {key!r} {name!r} is not supported: {', '.join(_ACTIVATIONS)}."
+        )
+    return _ACTIVATIONS[name]
+
+
 def _aliased(config: Mapping[str, object]) -> dict[str, object]:
-    """With BERT's names for what DistilBERT calls otherwise."""
+    """With BERT's names for what DistilBERT and ModernBERT call otherwise."""
     theirs = {
         "dim": "hidden_size",
         "hidden_dim": "intermediate_size",
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
         "activation": "hidden_act",
+        "hidden_activation": "hidden_act",
+        "norm_eps": "layer_norm_eps",
     }
     own = {ours: config[name] for name, ours in theirs.items() if name in config}
     return {**own, **config}
