@@ -101,7 +101,7 @@ MAY_PRINT = {
 }
 
 # Other engines, imported by the benchmarks where they are.
-PEERS = {"vllm", "sglang"}
+PEERS = {"vllm", "sglang", "xgrammar"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -37,7 +37,7 @@ class Reader:
     def __init__(self, server: Server, **body: Any) -> None:
         self.error: openai.APIError | httpx.HTTPError | None = None
         self.chunks: list[Completion] = []
-        extra = {"ignore_eos": True}
+        extra = {"ignore_eos": True, **body.pop("extra_body", {})}
         self._stream = server.client().completions.create(
             prompt="Hello", stream=True, extra_body=extra, **body
         )
@@ -67,12 +67,18 @@ class Reader:
 
 GREEDY: dict[str, Any] = {"temperature": 0}
 SAMPLED: dict[str, Any] = {"temperature": 1, "seed": 7, "presence_penalty": 0.5}
+FITTING: dict[str, Any] = {
+    "temperature": 1,
+    "seed": 3,
+    "extra_body": {"guided_regex": "([a-z]{1,9}, ?){700}"},
+}
+WAYS = (GREEDY, SAMPLED, FITTING)
 
 
 def check_replay(server: Server, model: str, max_tokens: int) -> None:
     """Streams go on through the death of their engine, with the tokens of undisturbed ones."""
     before = server.wait_idle()
-    bodies = [{"model": model, "max_tokens": max_tokens, **how} for how in (GREEDY, SAMPLED)]
+    bodies = [{"model": model, "max_tokens": max_tokens, **how} for how in WAYS]
     undisturbed = [Reader(server, **body).join().text for body in bodies]
     readers = [Reader(server, **body) for body in bodies]
     server.kill_engine()
@@ -90,7 +96,7 @@ def check_replay(server: Server, model: str, max_tokens: int) -> None:
     assert after[restarts] == before[restarts] + 1
     assert after["headrace_kv_cache_blocks{used}"] == 0
     tokens = "headrace_generation_tokens_total"
-    assert after[tokens] - before[tokens] == 4 * max_tokens + 3
+    assert after[tokens] - before[tokens] == 2 * len(WAYS) * max_tokens + 3
 
 
 def test_killed_engine_is_replaced_and_streams_go_on(

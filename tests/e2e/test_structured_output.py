@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -79,3 +81,74 @@ def test_completions_take_other_kinds(
     answer = server.post("/v1/completions", {"prompt": "Is it? ", **fields}).json()
     assert answer["choices"][0]["text"] in texts
     assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def random_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
+    """Of kinds that end soon, so that most outputs do."""
+    kinds = ["string", "integer", "number", "boolean", "enum", "const", "pattern", "format"]
+    if depth < 3:
+        kinds += ["object", "object", "array", "anyOf", "nullable"]
+    match draw.choice(kinds):
+        case "string":
+            return {"type": "string", "maxLength": draw.randint(0, 12)}
+        case "integer":
+            low = draw.randint(-2000, 2000)
+            return {"type": "integer", "minimum": low, "maximum": low + draw.randint(0, 5000)}
+        case "number":
+            return {"type": "number", "exclusiveMinimum": 0, "maximum": draw.choice([0.5, 10, 99])}
+        case "boolean":
+            return {"type": "boolean"}
+        case "enum":
+            return {"enum": draw.sample(["red", 3, None, 'a"b', "é", 1.5, True, "x y"], 3)}
+        case "const":
+            return {"const": draw.choice(["one", {"a": [1, "b"]}, None])}
+        case "pattern":
+            patterns = ["^[a-c]{2,4}$", "^\\d{3}-x$", "^(yes|no)$"]
+            return {"type": "string", "pattern": draw.choice(patterns)}
+        case "format":
+            return {"type": "string", "format": draw.choice(["date", "uuid", "ipv4"])}
+        case "array":
+            low = draw.randint(0, 2)
+            items = random_schema(draw, depth + 1)
+            return {"type": "array", "items": items, "minItems": low, "maxItems": low + 1}
+        case "anyOf":
+            return {"anyOf": [random_schema(draw, depth + 1) for _ in range(2)]}
+        case "nullable":
+            return {"type": ["null", "integer"], "minimum": 0, "maximum": 9}
+    names = draw.sample(["name", "age", "id", "übung", "a b", 'q"'], draw.randint(0, 3))
+    return {
+        "type": "object",
+        "properties": {name: random_schema(draw, depth + 1) for name in names},
+        "required": draw.sample(names, draw.randint(0, len(names))),
+        "additionalProperties": False,
+    }
+
+
+async def test_whatever_ends_fits_its_schema_and_disturbs_nobody(server: Server) -> None:
+    draw = random.Random(5)
+    schemas = [random_schema(draw) for _ in range(40)]
+    free: Any = {"prompt": "Once upon a time", "max_tokens": 24, "seed": 7}
+    client = server.async_client()
+    alone = await client.completions.create(model=MODEL, **free)
+
+    async def ask(schema: dict[str, Any], seed: int) -> int:
+        answer = await client.completions.create(
+            model=MODEL,
+            prompt="Here is some JSON:\n",
+            max_tokens=100,
+            seed=seed,
+            temperature=1.3 if seed % 2 else 0.7,
+            presence_penalty=0.5 if seed % 3 else 0.0,
+            logprobs=1 if seed % 5 == 0 else None,
+            extra_body={"guided_json": schema},
+        )
+        (choice,) = answer.choices
+        if choice.finish_reason != "stop":
+            return 0
+        jsonschema.validate(json.loads(choice.text), schema)
+        return 1
+
+    tasks = [asyncio.create_task(ask(schema, seed)) for seed, schema in enumerate(schemas)]
+    among = await client.completions.create(model=MODEL, **free)
+    assert among.choices[0].text == alone.choices[0].text
+    assert sum(await asyncio.gather(*tasks)) > 20, "most of them end"

@@ -99,7 +99,7 @@ class CpuRunner:
             start, end = end, end + len(logits)
             rows = all_rows[start:end]
             columns = sampling_columns(self._running, rows, all_positions[start:end])
-            tokens = self._sampler.sample(logits, columns)
+            tokens = self._sampler.sample(logits, columns, reuse=True)
             sampled.append(tokens.token_ids)
             for index, (own, top_ids, top) in tokens.logprobs.items():
                 logprobs[int(rows[index])] = TokenLogprobs(own, top_ids, top)

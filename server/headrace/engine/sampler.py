@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.engine.token_masks import mask_logits
 from headrace_kernels.kernel_set import KernelSet
 from headrace_kernels.ops import sampling as ops
 
@@ -81,13 +82,15 @@ class Sampler:
     def __init__(self, kernels: KernelSet) -> None:
         self._kernels = kernels
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
-        """Sample one token for each row of logits [R, V] float32, which are not modified.
+    def sample(self, logits: Tensor, batch: SamplingBatch, *, reuse: bool = False) -> SampledTokens:
+        """Sample one token for each row of logits [R, V] float32. They are not modified, or may be
+        with `reuse`.
 
         A row's result depends on that row only. Raises ValueError when the shapes disagree.
         """
+        reuse = reuse and not (batch.num_logprobs >= 0).any()
         tokens = ops.sample_tokens(
-            adjusted(logits, batch, torch.from_numpy),
+            adjusted(logits, batch, torch.from_numpy, reuse=reuse),
             temperature=torch.from_numpy(batch.temperature),
             top_k=torch.from_numpy(batch.top_k),
             top_p=torch.from_numpy(batch.top_p),
@@ -123,15 +126,17 @@ class Sampler:
         return {row: (logprob, ids[:k], values[:k]) for row, k, logprob, ids, values in columns}
 
 
-def adjusted(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
+def adjusted(
+    logits: Tensor, batch: SamplingBatch, upload: Upload, *, reuse: bool = False
+) -> Tensor:
     """The logits after penalties, then bias, then what is not allowed or banned: a copy, if any
-    row has one of them.
+    row has one of them, or the same memory with `reuse`.
 
     `upload` brings an array to their device.
     """
     if not (batch.penalized or batch.logit_bias or batch.allowed or batch.banned or batch.masks):
         return logits
-    logits = logits.clone()
+    logits = logits if reuse else logits.clone()
     if batch.penalized:
         _penalize(logits, batch, upload)
     if batch.logit_bias:
@@ -153,13 +158,11 @@ def adjusted(logits: Tensor, batch: SamplingBatch, upload: Upload) -> Tensor:
 
 
 def _mask(logits: Tensor, masks: Mapping[int, IntColumn], upload: Upload) -> None:
-    """-inf is added where a mask has no bit, so that logits that are no numbers stay that."""
+    """-inf where a mask has no bit."""
     size = logits.shape[1]
     if logits.device.type == "cpu":
-        for row, words in masks.items():
-            unpacked = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
-            mask = np.where(unpacked, np.float32(0), np.float32(-np.inf))
-            logits[row] += torch.from_numpy(mask)
+        for row, mask in masks.items():
+            mask_logits(logits[row].numpy(), mask)
         return
     packed = upload(np.stack(list(masks.values())))
     bits = (packed.unsqueeze(2) >> torch.arange(32, device=logits.device)) & 1
