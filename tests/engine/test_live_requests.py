@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -229,3 +230,84 @@ async def test_a_vector_that_kills_engines_is_given_up(live):
     assert list(live.replays()) == []
     with pytest.raises(EngineError, match="died repeatedly"):
         await anext(killer)
+
+
+async def test_a_reader_is_called_once_for_all_that_arrived_in_one_turn(live, records):
+    handle, stream = live.admit(request(), INFO)
+    live.deliver(StepOutputs([], [], [RequestOutput(request_id="a", token_ids=[5])]))
+    outputs: list[RequestOutput] = []
+    reading = asyncio.create_task(stream.read(outputs.append))
+    await asyncio.sleep(0)
+    live.deliver(StepOutputs([handle], [6], []))
+    live.deliver(StepOutputs([handle], [7], []))
+    assert [output.token_ids for output in outputs] == [[5]]
+    await asyncio.sleep(0)
+    live.deliver(StepOutputs([], [], [end("a", 0)]))
+    await reading
+    assert [output.token_ids for output in outputs] == [[5], [6, 7], [0]]
+    assert outputs[-1].record == records[0]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_what_a_reader_raises_ends_its_reading_and_no_other(live, waits):
+    handles, streams = zip(*(live.admit(request(name), INFO) for name in "ab"), strict=True)
+    seen: list[RequestOutput] = []
+
+    def fail(output: RequestOutput) -> None:
+        raise ZeroDivisionError
+
+    tasks = [asyncio.create_task(streams[0].read(fail))] if waits else []
+    other = asyncio.create_task(streams[1].read(seen.append))
+    await asyncio.sleep(0)
+    live.deliver(StepOutputs(list(handles), [8, 9], []))
+    tasks = tasks or [asyncio.create_task(streams[0].read(fail))]
+    with pytest.raises(ZeroDivisionError):
+        await tasks[0]
+    streams[1].abort()
+    await other
+    assert [output.token_ids for output in seen] == [[9]]
+
+
+async def test_a_reader_may_abort_and_hears_no_more(live, aborted):
+    handle, stream = live.admit(request(), INFO)
+    seen: list[RequestOutput] = []
+
+    def once(output: RequestOutput) -> None:
+        seen.append(output)
+        stream.abort()
+
+    reading = asyncio.create_task(stream.read(once))
+    await asyncio.sleep(0)
+    live.deliver(StepOutputs([handle], [5], []))
+    await reading
+    live.deliver(StepOutputs([handle], [6], []))
+    await asyncio.sleep(0)
+    assert ([output.token_ids for output in seen], aborted) == ([[5]], ["a"])
+
+
+async def test_a_lost_engine_reaches_a_reader_and_one_who_comes_later(live):
+    _, stream = live.admit(request(), INFO)
+    reading = asyncio.create_task(stream.read(lambda output: None))
+    await asyncio.sleep(0)
+    live.fail_all(EngineError("gone"))
+    with pytest.raises(EngineError, match="gone"):
+        await reading
+    with pytest.raises(EngineError, match="gone"):
+        await stream.read(lambda output: None)
+    with pytest.raises(EngineError, match="gone"):
+        await anext(stream)
+
+
+async def test_who_waits_is_not_woken_for_what_was_read_meanwhile(live):
+    handle, stream = live.admit(request(), INFO)
+    waiting = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    live.deliver(StepOutputs([handle], [5], []))
+    asyncio.get_running_loop().call_soon(live.deliver, StepOutputs([handle], [6], []))
+    assert (await waiting).token_ids == [5, 6]
+    again = asyncio.create_task(anext(stream))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not again.done()
+    live.deliver(StepOutputs([handle], [7], []))
+    assert (await again).token_ids == [7]

