@@ -23,7 +23,7 @@ from headrace.loading.resolver import DEFAULT_MODEL, resolve_model
 from headrace.text.processor import TextProcessor
 
 ROOT = Path(__file__).parents[2]
-REQUESTS, CONCURRENCY, INPUT, OUTPUT = 32, 8, 1024, 64
+REQUESTS, CONCURRENCY, INPUT, OUTPUT = 64, 8, 1024, 64
 PREFILL = 32  # prompt tokens in a step: half a second and more to the first token
 AIPERF = "aiperf==0.13.0"
 TOLERANCE = 0.03
@@ -149,7 +149,9 @@ def test_aiperf(server: Server, aiperf: Path, tmp_path: Path) -> None:
                 *("--concurrency", str(CONCURRENCY), "--request-count", str(REQUESTS)),
                 *("--warmup-request-count", str(CONCURRENCY)),
                 *("--isl", str(INPUT), "--osl", str(OUTPUT)),
-                *("--extra-inputs", "ignore_eos:true"),
+                *("--extra-inputs", "ignore_eos:true", "--use-server-token-count"),
+                # What it does beside the load would take the cores from the load.
+                *("--no-server-metrics", "--no-gpu-telemetry", "--workers-max", "1"),
                 *("--ui", "none", "--artifact-dir", tmp_path / "artifacts"),
             ],
             env=environment,
