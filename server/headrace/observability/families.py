@@ -146,12 +146,14 @@ FAMILIES: tuple[Family, ...] = (
     _gauge("engine_ready", "1 when the engine takes requests."),
     _counter("engine_steps_total", "Steps that the engine has run."),
     _counter("engine_restarts_total", "Times the engine process was started again."),
+    _counter("api_process_restarts_total", "Times an API process was started again."),
     _gauge("engine_step_age_seconds", "Since the engine last ended a step or said it was idle."),
     # HTTP.
     _counter("http_requests_total", "HTTP requests.", ("route", "method", "status")),
     _histogram("http_request_duration_seconds", "First byte in to last byte out.",
                _REQUEST_SECONDS, ("route", "method")),
-    # Resources, read at each scrape. process: "api" is this one, "engine" all of its children.
+    # Resources, read at each scrape. process: "api" answers HTTP and starts others, "engine" is
+    # the engine and what it started.
     _counter("process_cpu_seconds_total", "User and system CPU time.", _PROCESS),
     _gauge("process_resident_memory_bytes", "Resident memory.", _PROCESS),
     _gauge("process_open_fds", "Open file descriptors.", _PROCESS),

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from headrace.observability.families import BY_NAME, FAMILIES, FINISH_REASONS, PREFIX, Family
@@ -113,12 +112,20 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        *,
+        api_pids: Callable[[], Collection[int]] = lambda: (),
+        read_elsewhere: bool = False,
+    ) -> None:
+        """`api_pids`: children of this process that are API processes. `read_elsewhere`: a scrape
+        does not come here, but reads the values where this process keeps them (merged.py)."""
         self.model_name = model_name
-        self.registry: CollectorRegistry = _Registry(self._add_deliveries)
+        self._read_elsewhere = read_elsewhere
+        self.registry: CollectorRegistry = _Registry(self.flush)
         self._families = {family.name: _build(family, self.registry) for family in _OBSERVED}
-        self.registry.register(ResourceCollector())
-        self.registry.register(_VllmAliases(self._families))
+        self.registry.register(ResourceCollector(api_pids))
         self._meters: dict[str, RequestMeter] = {}
         self._engine: Engine | None = None
         self._engine_counters = {
@@ -159,6 +166,7 @@ class Metrics:
         self._ready = self._gauge("engine_ready")
         self._step_age = self._gauge("engine_step_age_seconds")
         self._engine_restarts = self._counter("engine_restarts_total")
+        self.api_process_restarts = self._counter("api_process_restarts_total")
 
     # Requests
 
@@ -189,6 +197,8 @@ class Metrics:
         if record.max_tokens is not None:
             self._request_max_tokens.observe(record.max_tokens)
         self._observe_stages(record)
+        if self._read_elsewhere:
+            self.flush()
 
     def _observe_stages(self, record: Record) -> None:
         if record.scheduled_time:
@@ -246,7 +256,10 @@ class Metrics:
         self._gauge_family("model_info").clear()
         self._gauge("model_info", version, digest, revision, dtype, device).set(1)
 
-    def _read_engine(self, engine: Engine) -> None:
+    def read_engine(self) -> None:
+        """Bring what is known of the engine up to date: a scrape is about to come."""
+        if (engine := self._engine) is None:
+            return
         self.observe_stats(engine.stats)
         self._ready.set(engine.state == "ready")
         self._step_age.set(engine.last_seen_age)
@@ -260,14 +273,19 @@ class Metrics:
 
     def render(self) -> bytes:
         """The text exposition of everything, under our names and under vLLM's."""
-        if self._engine is not None:
-            self._read_engine(self._engine)
+        self.read_engine()
         return generate_latest(self.registry)
 
-    def _add_deliveries(self) -> None:
+    def flush(self) -> None:
+        """Count what was delivered since the last call; otherwise a scrape does."""
         self.generation_tokens.inc(self.delivered_tokens)
         self.delivered_tokens = 0
         self.inter_token_latencies.flush()
+
+    def own_metrics(self) -> Iterator[Metric]:
+        """What this process has observed, under our names."""
+        assert isinstance(self.registry, _Registry)
+        return self.registry.own_metrics()
 
     def _labels(self, name: str, values: tuple[str, ...]) -> tuple[str, ...]:
         return (self.model_name, *values) if "model_name" in BY_NAME[name].labels else values
@@ -379,42 +397,37 @@ class _Registry(CollectorRegistry):
         super().__init__()
         self._before = before
 
-    def collect(self) -> Iterator[Metric]:
+    def own_metrics(self) -> Iterator[Metric]:
         self._before()
         for metric in super().collect():
             metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
             yield metric
 
-
-class _VllmAliases(Collector):
-    """Exposes, under vLLM's names, the samples of the families whose meaning is equal.
-
-    It holds no state: dashboards, autoscalers and load tools made for vLLM read our numbers.
-    """
-
-    def __init__(self, families: dict[str, Counter | Gauge | Histogram]) -> None:
-        self._families = families
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # nothing to register names for: they cannot clash with ours
-
     def collect(self) -> Iterator[Metric]:
-        for name, family in self._families.items():
-            if (alias := BY_NAME[name].vllm) is None:
-                continue
-            ours = BY_NAME[name].full_name.removesuffix("_total")
-            for metric in family.collect():
-                theirs = "vllm:" + alias
-                if metric.type == "counter":
-                    theirs = theirs.removesuffix("_total")
-                renamed = Metric(theirs, f"Same as {BY_NAME[name].full_name}.", metric.type)
-                renamed.samples = [
-                    Sample(theirs + s.name.removeprefix(ours), s.labels, s.value)
-                    for s in metric.samples
-                ]
-                yield renamed
+        metrics = list(self.own_metrics())
+        yield from metrics
+        yield from vllm_aliases(metrics)
 
 
+def vllm_aliases(metrics: Iterable[Metric]) -> Iterator[Metric]:
+    """Those families whose meaning is equal to one of vLLM's, with the same samples, under its
+    name: dashboards, autoscalers and load tools made for vLLM read our numbers."""
+    for metric in metrics:
+        family = _BY_COLLECTED_NAME.get(metric.name)
+        if family is None or family.vllm is None:
+            continue
+        theirs = "vllm:" + family.vllm
+        if metric.type == "counter":
+            theirs = theirs.removesuffix("_total")
+        renamed = Metric(theirs, f"Same as {family.full_name}.", metric.type)
+        renamed.samples = [
+            Sample(theirs + s.name.removeprefix(metric.name), s.labels, s.value)
+            for s in metric.samples
+        ]
+        yield renamed
+
+
+_BY_COLLECTED_NAME = {family.full_name.removesuffix("_total"): family for family in FAMILIES}
 _ENGINE_COUNTERS = {
     "prefix_query_tokens": "prefix_cache_queries_total",
     "prefix_hit_tokens": "prefix_cache_hits_total",
@@ -422,6 +435,11 @@ _ENGINE_COUNTERS = {
     "oom_retries": "oom_retries_total",
     "steps": "engine_steps_total",
 }
+ENGINE_FAMILIES = frozenset(
+    (*_ENGINE_COUNTERS.values(), "iteration_tokens", "engine_restarts_total")
+    + ("api_process_restarts_total",)
+)
+"""Counters and histograms that whoever keeps the engine observes, not each API process."""
 _OBSERVED = tuple(f for f in FAMILIES if not f.name.startswith(ResourceCollector.name_prefixes))
 
 

@@ -7,7 +7,7 @@ absence is normal, never an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,11 @@ class ResourceCollector(Collector):
 
     name_prefixes = ("process_", "host_", "gpu_")
 
-    def __init__(self) -> None:
+    def __init__(self, api_pids: Callable[[], Collection[int]] = lambda: ()) -> None:
+        """`api_pids`: children of this process that count as "api", like itself."""
         self._process = psutil.Process()
+        self._api_pids = api_pids
+        self._cpu = {"api": _CpuSeconds(), "engine": _CpuSeconds()}
         self._gpus: list[_Gpu] | None = None
 
     def describe(self) -> Iterable[Metric]:
@@ -39,7 +42,7 @@ class ResourceCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         if self._gpus is None:
             self._gpus = open_gpus()
-        readings = [*_process_readings(self._process), *_host_readings()]
+        readings = [*self._process_readings(), *_host_readings()]
         for gpu in self._gpus:
             readings += gpu.readings()
         metrics: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
@@ -51,16 +54,38 @@ class ResourceCollector(Collector):
             metrics[name].add_metric(labels, value)
         yield from metrics.values()
 
+    def _process_readings(self) -> Iterator[Reading]:
+        api_pids = set(self._api_pids())
+        api: list[psutil.Process] = [self._process]
+        engine: list[psutil.Process] = []
+        # All other children are "the engine": its process, with tensor parallelism its workers.
+        for child in self._process.children(recursive=True):
+            (api if child.pid in api_pids else engine).append(child)
+        yield from _sum_readings("api", api, self._cpu["api"])
+        yield from _sum_readings("engine", engine, self._cpu["engine"])
 
-def _process_readings(process: psutil.Process) -> Iterator[Reading]:
-    yield from _sum_readings("api", [process])
-    # All children together are "the engine": its process and, with tensor parallelism, its workers.
-    yield from _sum_readings("engine", process.children(recursive=True))
+
+class _CpuSeconds:
+    """CPU time of some processes; what those used that have ended stays counted."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, float] = {}
+        self._ended = 0.0
+
+    def total(self, now: dict[int, float]) -> float:
+        """`now`: pid -> seconds, of those that live."""
+        for pid, seconds in self._last.items():
+            if now.get(pid, 0.0) < seconds:  # gone, or another process under its number
+                self._ended += seconds
+        self._last = now
+        return self._ended + sum(now.values())
 
 
-def _sum_readings(role: str, processes: list[psutil.Process]) -> Iterator[Reading]:
-    cpu_seconds = resident = open_fds = 0.0
-    seen = False
+def _sum_readings(
+    role: str, processes: list[psutil.Process], cpu: _CpuSeconds
+) -> Iterator[Reading]:
+    resident = open_fds = 0.0
+    cpu_seconds: dict[int, float] = {}
     for process in processes:
         try:
             with process.oneshot():
@@ -68,12 +93,12 @@ def _sum_readings(role: str, processes: list[psutil.Process]) -> Iterator[Readin
                 memory, fds = process.memory_info().rss, process.num_fds()
         except psutil.Error:  # it ended meanwhile
             continue
-        seen = True
-        cpu_seconds += times.user + times.system
+        cpu_seconds[process.pid] = times.user + times.system
         resident += memory
         open_fds += fds
-    if seen:
-        yield "process_cpu_seconds_total", (role,), cpu_seconds
+    total = cpu.total(cpu_seconds)
+    if cpu_seconds:
+        yield "process_cpu_seconds_total", (role,), total
         yield "process_resident_memory_bytes", (role,), resident
         yield "process_open_fds", (role,), open_fds
 
