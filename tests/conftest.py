@@ -27,6 +27,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
+API_PROCESSES = "API_PROCESSES_OF_TESTED_SERVERS"
+"""An environment variable: `--api-processes`, where fixtures and their helpers find it."""
 RECORDED_VERSIONS = ("torch", "triton", "tokenizers", "transformers", "openai", "ray", "fastapi")
 
 
@@ -111,10 +113,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="requests that the interpreted Triton kernels are compared on; 200 take about an hour",
     )
     parser.addoption(
+        "--api-processes",
+        metavar="N",
+        type=int,
+        help="start the servers of tests/e2e with this many API processes",
+    )
+    parser.addoption(
         "--base-url",
         metavar="URL",
         help="send the clients of tests/clients to this server, not to one of their own",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (count := config.getoption("--api-processes")) is not None:
+        os.environ[API_PROCESSES] = str(count)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

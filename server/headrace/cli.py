@@ -21,7 +21,7 @@ from headrace.config import (
 from headrace.errors import ConfigError, EngineError, HeadraceError
 
 if TYPE_CHECKING:
-    from headrace.serve import Service
+    from headrace.serve import ServedFacts
 
 MODEL_HELP = (
     "A folder of safetensors, a .gguf file, ORG/NAME[@REVISION][:FILE.gguf] on the hub, or nothing "
@@ -206,6 +206,7 @@ def _serve(args: argparse.Namespace) -> int:
     import uvloop
 
     from headrace import cli_reports, serve
+    from headrace.api_processes import supervisor
     from headrace.observability.logging import configure_logging
 
     config, options, _ = _options(args)
@@ -222,13 +223,12 @@ def _serve(args: argparse.Namespace) -> int:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
 
-        def on_ready(service: Service, url: str) -> None:
+        def on_ready(facts: ServedFacts, url: str) -> None:
             progress.stop()
-            cli_reports.print_ready(console, service, url)
+            cli_reports.print_ready(console, facts, url)
 
-        return runner.run(
-            serve.run(config, options, on_ready=on_ready, on_progress=progress.update)
-        )
+        run = serve.run if options.api_processes == 1 else supervisor.run
+        return runner.run(run(config, options, on_ready=on_ready, on_progress=progress.update))
 
 
 def _serve_ray(args: argparse.Namespace) -> int:

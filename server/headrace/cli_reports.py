@@ -16,7 +16,7 @@ from headrace.config import GIB, MIB, EngineConfig
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
-    from headrace.serve import Service
+    from headrace.serve import ServedFacts
 
 
 # By a model's first task: a route, and what to ask there.
@@ -61,10 +61,9 @@ class LoadingBar:
         self.stop()
 
 
-def print_ready(console: Console, service: Service, url: str) -> None:
+def print_ready(console: Console, facts: ServedFacts, url: str) -> None:
     """What is served, on what, and how to ask it."""
-    info = service.client.info
-    assert info is not None, "ready means that the engine has described itself"
+    info, names = facts.info, facts.names
     cache = "none"
     if tokens := info.num_blocks * info.block_size:
         cache = (
@@ -75,15 +74,14 @@ def print_ready(console: Console, service: Service, url: str) -> None:
     for stem, name in sorted(info.kernels.items()):
         stems.setdefault(name, []).append(stem)
     kernels = "; ".join(f"{name} ({', '.join(found)})" for name, found in stems.items())
-    names = [service.model.name, *service.model.aliases]
     rows = [
-        ("Model", f"{', '.join(names)} ({service.path.name})"),
+        ("Model", f"{', '.join(names)} ({facts.path.name})"),
         ("Weights", f"{_size(info.weight_bytes)}, read in {info.load_seconds:.1f} s"),
         ("Device", _device(info.device, info.threads, info.cpu_isa)),
         ("Kernels", kernels),
         ("KV cache", cache),
         ("Tasks", ", ".join(info.tasks)),
-        ("Output", service.text_formats()),
+        ("Output", facts.text_formats),
         ("URL", f"{url}/v1"),
     ]
     console.print()

@@ -110,6 +110,7 @@ class ServerOptions:
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0 picks a free one.")
+    api_processes: int = option(1, "Processes that answer HTTP, on one port and with one engine.")
     served_model_name: tuple[str, ...] = option(
         (), "Name of the model in the API; more than one are aliases."
     )
@@ -281,6 +282,12 @@ def engine_environment() -> dict[str, str]:
     if "OMP_WAIT_POLICY" in os.environ:
         return dict(os.environ)
     return {"GOMP_SPINCOUNT": "1000", **os.environ}
+
+
+def api_process_environment(metrics_folder: Path) -> dict[str, str]:
+    """The environment of one of several API processes: prometheus_client, which looks nowhere else,
+    keeps its values in files in this folder."""
+    return {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)}
 
 
 def default_data_dir() -> Path:

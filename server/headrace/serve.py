@@ -14,11 +14,11 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,9 +31,12 @@ from headrace.api.model_table import ModelTable, ServedModel
 from headrace.api.services import Services
 from headrace.api.store_sqlite import SqliteStore
 from headrace.config import EngineConfig, ServerOptions, default_data_dir
-from headrace.engine.client import ModelInfo, QueueLimits
+from headrace.engine.attached_client import AttachedEngineClient
+from headrace.engine.client import ModelInfo, QueueLimits, RequestRecord
 from headrace.engine.process_client import ProcessEngineClient
+from headrace.engine.queue_board import QueueBoard
 from headrace.errors import ConfigError, HeadraceError
+from headrace.listening import listen, url_of
 from headrace.loading.checkpoint import open_checkpoint
 from headrace.loading.resolver import DEFAULT_MODEL, resolve_model
 from headrace.observability.logging import configure_logging
@@ -48,6 +51,26 @@ Progress = Callable[[int, int], None]
 EXIT_OK, EXIT_ENGINE_LOST, EXIT_INTERRUPTED = 0, 1, 130
 
 
+class ServedFacts(NamedTuple):
+    """For people who start a server."""
+
+    names: Sequence[str]
+    """The model's, aliases last."""
+    path: Path
+    """Of its files."""
+    info: ModelInfo
+    text_formats: str
+
+
+class Sharing(NamedTuple):
+    """What an API process has in common with others that serve the same engine."""
+
+    engine_path: Path
+    """Of the socket at which engines accept."""
+    board: QueueBoard
+    find_model: Callable[[], Awaitable[Path]]
+
+
 class Service:
     """One model being served: its engine client, its text side, and the app in front of them."""
 
@@ -58,23 +81,35 @@ class Service:
         *,
         on_dead: Callable[[HeadraceError], None] = lambda error: None,
         on_progress: Progress = lambda read, total: None,
+        sharing: Sharing | None = None,
     ) -> None:
-        names = options.served_model_name or (_default_name(config.model),)
+        """`sharing`: with other processes, an engine that is started elsewhere."""
+        names = served_names(config, options)
         self.path = Path()
         """Of the model's files, once they are found."""
         self.metrics = Metrics(names[0])
-        self.client = ProcessEngineClient(
-            config,
-            limits=QueueLimits(options.max_queued_requests, options.max_queued_tokens),
-            step_timeout=options.step_timeout,
-            log_level=options.log_level,
-            log_format=options.log_format,
-            on_record=lambda record: self.app.state.services.ledger.close(record),
-            on_stats=self.metrics.observe_stats,
-            on_progress=on_progress,
-            on_dead=on_dead,
-        )
-        self.metrics.attach_engine(self.client)
+        self.client: ProcessEngineClient | AttachedEngineClient
+        if sharing is None:
+            self.client = ProcessEngineClient(
+                config,
+                limits=queue_limits(options),
+                step_timeout=options.step_timeout,
+                log_level=options.log_level,
+                log_format=options.log_format,
+                on_record=self._close_account,
+                on_stats=self.metrics.observe_stats,
+                on_progress=on_progress,
+                on_dead=on_dead,
+            )
+            self.metrics.attach_engine(self.client)
+        else:
+            self.client = AttachedEngineClient(
+                sharing.engine_path,
+                limits=queue_limits(options),
+                board=sharing.board,
+                on_record=self._close_account,
+            )
+        self._sharing = sharing
         self.model = ServedModel(
             name=names[0],
             client=self.client,
@@ -111,10 +146,11 @@ class Service:
         """
         await self._open_store()
         options = self._config.model_options
-        self.path = await _in_daemon_thread(
-            lambda: resolve_model(self._config.model, revision=options.revision)
+        self.path = await (
+            self._sharing.find_model() if self._sharing else find_model(self._config)
         )
-        self.client.config = replace(self._config, model=str(self.path))
+        if isinstance(self.client, ProcessEngineClient):
+            self.client.config = replace(self._config, model=str(self.path))
         await self.client.start()
         checkpoint = await asyncio.to_thread(open_checkpoint, self.path)
         text = await asyncio.to_thread(
@@ -125,13 +161,8 @@ class Service:
         self.model.text = text
         self.model.digest = await asyncio.to_thread(lambda: checkpoint.digest)
         info = await self.client.wait_ready()
-        self.metrics.set_model_info(
-            version=__version__,
-            digest=self.model.digest,
-            revision=self.model.revision,
-            dtype=info.dtype,
-            device=info.device,
-        )
+        if self._sharing is None:
+            show_model(self.metrics, info, self.model.digest, self.model.revision)
         services: Services = self.app.state.services
         if services.store is not None:
             self._batches = BatchRunner(self.app, services)
@@ -141,6 +172,19 @@ class Service:
         gc.collect()
         gc.freeze()
         return info
+
+    def _close_account(self, record: RequestRecord) -> None:
+        self.app.state.services.ledger.close(record)
+
+    def facts(self) -> ServedFacts:
+        """What is served, once it is."""
+        assert self.client.info is not None, "ready means that the engine has described itself"
+        names = (self.model.name, *self.model.aliases)
+        return ServedFacts(names, self.path, self.client.info, self.text_formats())
+
+    @property
+    def num_live(self) -> int:
+        return self.client.num_live
 
     def text_formats(self) -> str:
         """What is read out of the model's output, for the start-up log."""
@@ -191,6 +235,31 @@ class Service:
             await store.close()
 
 
+def served_names(config: EngineConfig, options: ServerOptions) -> tuple[str, ...]:
+    """The name of the model in the API, and its aliases."""
+    return options.served_model_name or (_default_name(config.model),)
+
+
+def show_model(metrics: Metrics, info: ModelInfo, digest: str, revision: str) -> None:
+    metrics.set_model_info(
+        version=__version__,
+        digest=digest,
+        revision=revision,
+        dtype=info.dtype,
+        device=info.device,
+    )
+
+
+def queue_limits(options: ServerOptions) -> QueueLimits:
+    return QueueLimits(options.max_queued_requests, options.max_queued_tokens)
+
+
+async def find_model(config: EngineConfig) -> Path:
+    """Of the model's files, downloaded if they are on a hub. Raises CheckpointError."""
+    revision = config.model_options.revision
+    return await _in_daemon_thread(lambda: resolve_model(config.model, revision=revision))
+
+
 def _default_name(reference: str) -> str:
     """What clients call the model when nobody says: as it was asked for, or its file's name."""
     if not reference:
@@ -230,33 +299,33 @@ async def _in_daemon_thread(function: Callable[[], T]) -> T:
 # --- `headrace serve` -------------------------------------------------------------------------
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError, with a remedy, if the address cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or "a port is 0 to 65535"
-        raise ConfigError(
-            f"Cannot listen on {host}:{port}: {reason.partition(' (while')[0]}. Choose another "
-            "--port (0 picks a free one) or --host, or stop what uses it."
-        ) from None
-
-
 class _Server(uvicorn.Server):
-    """uvicorn without its own signal handling: `_Lifetime` decides what a signal means."""
+    """uvicorn without its own signal handling: `Lifetime` decides what a signal means."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class _Lifetime:
+class Drainable(Protocol):
+    @property
+    def num_live(self) -> int: ...
+
+    def drain(self) -> None: ...
+
+    async def drained(self, timeout: float) -> bool: ...
+
+
+class Lifetime:
     """When the process ends, and with which status."""
 
     def __init__(self, shutdown_timeout: float) -> None:
-        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.service: Service | None = None
+        """Takes signals from now on, on the running event loop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.on_signal, number)
+        self.status: asyncio.Future[int] = loop.create_future()
+        self.service: Drainable | None = None
         self._shutdown_timeout = shutdown_timeout
         self._draining: asyncio.Task[None] | None = None
 
@@ -269,18 +338,19 @@ class _Lifetime:
             logger.warning("%s: ending now", signal.Signals(number).name)
             self.end(EXIT_INTERRUPTED)
             return
-        live = self.service.client.num_live
         logger.info(
-            "%s: not ready any more; requests to finish: %d", signal.Signals(number).name, live
+            "%s: not ready any more; requests to finish: %d",
+            signal.Signals(number).name,
+            self.service.num_live,
         )
         self._draining = asyncio.create_task(self._drain(self.service))
 
-    async def _drain(self, service: Service) -> None:
+    async def _drain(self, service: Drainable) -> None:
         service.drain()
         if not await service.drained(self._shutdown_timeout):
             logger.warning(
                 "%d requests did not finish within %.0f s and are ended with an error",
-                service.client.num_live,
+                service.num_live,
                 self._shutdown_timeout,
             )
         self.end(EXIT_OK)
@@ -290,7 +360,7 @@ async def run(
     config: EngineConfig,
     options: ServerOptions,
     *,
-    on_ready: Callable[[Service, str], None] = lambda service, url: None,
+    on_ready: Callable[[ServedFacts, str], None] = lambda facts, url: None,
     on_progress: Progress = lambda read, total: None,
 ) -> int:
     """Serve until a signal or the engine's end; the process's exit status.
@@ -299,10 +369,7 @@ async def run(
     A second one ends everything at once. An engine that is lost for good ends it with 1. Raises
     HeadraceError if the model cannot be served.
     """
-    loop = asyncio.get_running_loop()
-    lifetime = _Lifetime(options.shutdown_timeout)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lifetime.on_signal, number)
+    lifetime = Lifetime(options.shutdown_timeout)
     listener = listen(options.host, options.port)
     lifetime.service = service = Service(
         config,
@@ -310,21 +377,31 @@ async def run(
         on_dead=lambda error: lifetime.end(EXIT_ENGINE_LOST),
         on_progress=on_progress,
     )
-    async with _answering(service, listener):
-        starting = asyncio.create_task(service.start())
-        try:
-            events: list[asyncio.Future[Any]] = [starting, lifetime.status]
-            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-            if starting.done():
-                starting.result()
-                on_ready(service, _url(listener))
-            return await lifetime.status
-        finally:
-            starting.cancel()
+    async with answering(service, listener):
+        return await until_ended(
+            lifetime, service.start(), lambda: on_ready(service.facts(), url_of(listener))
+        )
+
+
+async def until_ended(
+    lifetime: Lifetime, start: Coroutine[Any, Any, object], on_started: Callable[[], None]
+) -> int:
+    """Run `start` and wait for the end, whichever comes first; the exit status. Raises what
+    `start` raises."""
+    starting = asyncio.create_task(start)
+    try:
+        events: list[asyncio.Future[Any]] = [starting, lifetime.status]
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            on_started()
+        return await lifetime.status
+    finally:
+        starting.cancel()
 
 
 @contextlib.asynccontextmanager
-async def _answering(service: Service, listener: socket.socket) -> AsyncIterator[socket.socket]:
+async def answering(service: Service, listener: socket.socket) -> AsyncIterator[socket.socket]:
     """HTTP at `listener`; in the end the service is closed first, so that streams hear of it."""
     server = _Server(
         uvicorn.Config(
@@ -343,11 +420,6 @@ async def _answering(service: Service, listener: socket.socket) -> AsyncIterator
         await service.close()
         server.should_exit = True
         await serving
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 @contextlib.contextmanager
@@ -369,9 +441,9 @@ def in_background(
 
     async def live() -> None:
         service = Service(config, options, on_progress=on_progress)
-        async with _answering(service, listen(options.host, options.port)) as listener:
+        async with answering(service, listen(options.host, options.port)) as listener:
             await service.start()
-            ready.set_result(_url(listener))
+            ready.set_result(url_of(listener))
             await asyncio.Event().wait()
 
     loop = asyncio.new_event_loop()

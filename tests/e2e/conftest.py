@@ -25,6 +25,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import save_file
+from tests.conftest import API_PROCESSES
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -101,12 +102,21 @@ class Server:
     @property
     def engine_pid(self) -> int | None:
         """The engine process that lives now."""
+        return next(iter(self._children("headrace.engine.process")), None)
+
+    @property
+    def api_pids(self) -> list[int]:
+        """The API processes that live now, where there are several."""
+        return self._children("headrace.api_processes.worker")
+
+    def _children(self, module: str) -> list[int]:
+        found = []
         for child in psutil.Process(self.process.pid).children():
             # NoSuchProcess, or a zombie: it died since it was listed
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "headrace.engine.process" in child.cmdline():
-                    return int(child.pid)
-        return None
+                if module in child.cmdline():
+                    found.append(int(child.pid))
+        return found
 
     def kill_engine(self) -> None:
         """kill -9; returns when it is gone."""
@@ -170,6 +180,7 @@ def _environment() -> dict[str, str]:
     kept = {name: text for name, text in os.environ.items() if not name.startswith("HEADRACE_")}
     return {
         **kept,
+        "HEADRACE_API_PROCESSES": os.environ.get(API_PROCESSES, "1"),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")]),
         "HF_HUB_OFFLINE": "1",
     }

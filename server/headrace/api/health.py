@@ -55,8 +55,10 @@ async def version(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    sink = services_of(request).metrics
-    return Response(sink.render(), headers={"content-type": sink.content_type})
+    services = services_of(request)
+    sink = services.metrics
+    text = sink.render() if services.scrape is None else await services.scrape()
+    return Response(text, headers={"content-type": sink.content_type})
 
 
 def _readiness(services: Services) -> str:

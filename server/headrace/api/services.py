@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,8 @@ class Services:
     models: ModelTable
     metrics: MetricsSink
     ledger: RequestLedger
+    scrape: Callable[[], Awaitable[bytes]] | None = None
+    """Gives the metrics of all API processes, where there are several."""
     draining: bool = False
     """Set on SIGTERM: not ready, no new requests, running ones go on."""
     store: Store | None = None

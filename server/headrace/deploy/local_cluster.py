@@ -19,8 +19,9 @@ from types import FrameType
 from headrace.config import EngineConfig, ServerOptions
 from headrace.deploy.switches import set_local_switches
 from headrace.errors import ConfigError, EngineError
+from headrace.listening import listen
 from headrace.observability.logging import configure_logging
-from headrace.serve import EXIT_INTERRUPTED, EXIT_OK, listen
+from headrace.serve import EXIT_INTERRUPTED, EXIT_OK
 
 logger = logging.getLogger(__name__)
 

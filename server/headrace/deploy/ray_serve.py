@@ -132,6 +132,10 @@ def make_application(
     config: EngineConfig, options: ServerOptions, *, num_replicas: int = 1
 ) -> Application:
     """The application for a model and its options; `build_app` for those who have both typed."""
+    if options.api_processes != 1:
+        raise ConfigError(
+            "options.api_processes: a replica is one API process; ask for more replicas instead."
+        )
     configured = deployment.options(
         num_replicas=num_replicas,
         ray_actor_options=_resources(config),

@@ -11,7 +11,7 @@ import os
 import secrets
 from dataclasses import dataclass
 
-from headrace.serve import listen
+from headrace.listening import listen
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,9 +140,10 @@ class AttachedClients:
     def drop(self, client: AttachedClient) -> None:
         if self._by_number.pop(client.number, None) is None:
             return
-        logger.warning(
-            "An API process is gone; its requests are aborted: %d", len(client.request_ids)
-        )
+        if client.request_ids:
+            logger.warning(
+                "An API process is gone; its requests are aborted: %d", len(client.request_ids)
+            )
         self._selector.unregister(client.socket)
         client.socket.close()
         self._orphans += client.request_ids
