@@ -31,6 +31,11 @@ def test_unknown_arguments_are_refused_by_name() -> None:
         BuildArgs.model_validate({"modle": "x"})
 
 
+def test_several_api_processes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"options\.api_processes.*replicas"):
+        build(api_processes=2)
+
+
 def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"'max_num_seq'.*did you mean 'max_num_seqs'"):
         build(max_num_seq=8)

@@ -192,7 +192,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _launch(log: Path, arguments: Sequence[str | Path]) -> Server:
+def launch(log: Path, arguments: Sequence[str | Path]) -> Server:
+    """A server that starts; whoever calls ends it."""
     port = free_port()
     # Not the data folder of the person running the tests.
     data = ["--data-dir", str(log.parent / "data")]
@@ -204,7 +205,7 @@ def _launch(log: Path, arguments: Sequence[str | Path]) -> Server:
 
 def _kept_whole(folder: Path, arguments: Sequence[str | Path]) -> Iterator[Server]:
     """A server that ends as it should: idle, on SIGTERM, with nothing leaked and a clean log."""
-    server = _launch(folder / "server.log", arguments)
+    server = launch(folder / "server.log", arguments)
     try:
         server.wait_ready()
         yield server
@@ -240,7 +241,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
     servers: list[Server] = []
 
     def start(*arguments: str | Path, wait: bool = True) -> Server:
-        servers.append(_launch(tmp_path / f"server-{len(servers)}.log", arguments))
+        servers.append(launch(tmp_path / f"server-{len(servers)}.log", arguments))
         if wait:
             servers[-1].wait_ready()
         return servers[-1]

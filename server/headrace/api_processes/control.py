@@ -41,6 +41,10 @@ class EngineLost(msgspec.Struct, frozen=True, tag="engine_lost"):
     message: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Answered with a Pong by a process whose event loop runs."""
+
+
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Take no new requests, and say when none is left."""
 
@@ -66,6 +70,10 @@ class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
     user_error: bool
 
 
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    pass
+
+
 class Drained(msgspec.Struct, frozen=True, tag="drained"):
     pass
 
@@ -74,8 +82,8 @@ class Scrape(msgspec.Struct, frozen=True, tag="scrape"):
     """Asks for a MetricsText; answers come in the order of the questions."""
 
 
-ToApiProcess = ModelFound | EngineRestarts | EngineLost | Drain | Stop | MetricsText
-FromApiProcess = Started | StartFailed | Drained | Scrape
+ToApiProcess = ModelFound | EngineRestarts | EngineLost | Ping | Drain | Stop | MetricsText
+FromApiProcess = Started | StartFailed | Pong | Drained | Scrape
 
 
 class Link(asyncio.Protocol):

@@ -2,7 +2,7 @@
 
 Each API process has a socket of its own at the same port (SO_REUSEPORT), over which the kernel
 spreads connections, and one to the engine. One that dies takes only its own requests with it, and
-is replaced; one engine follows another as with a single API process. See docs/decisions/0011.
+is replaced; one engine follows another as with a single API process.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from headrace.api_processes.control import (
     Link,
     MetricsText,
     ModelFound,
+    Ping,
     Scrape,
     Started,
     StartFailed,
@@ -66,6 +67,8 @@ logger = logging.getLogger(__name__)
 MAX_API_PROCESSES = 64
 STOP_SECONDS = 10.0
 """What an API process gets to end by itself; its batches give their leases back meanwhile."""
+MAX_SILENCE = 60.0
+"""Seconds without an answer after which a process is replaced; `step_timeout`, if that is less."""
 MIN_DELAY, MAX_DELAY = 0.5, 30.0
 """Seconds before a process is started that takes the place of one that ended young."""
 LONG_ENOUGH = 60.0
@@ -81,6 +84,7 @@ class ApiProcess:
         self.link = link
         self.started: Started | None = None
         self.drained = False
+        self.last_heard = time.monotonic()
 
 
 class Supervisor:
@@ -135,10 +139,7 @@ class Supervisor:
         self.client.config = replace(self._config, model=str(self._path))
         self._tell_all(ModelFound(str(self._path)))
         await self.client.start()
-        await self.client.wait_ready()
-        await self._all_started
-        info = self.client.info
-        assert info is not None
+        info, _ = await asyncio.gather(self.client.wait_ready(), self._all_started)
         show_model(
             self.metrics, info, self._started().digest, self._config.model_options.revision or ""
         )
@@ -202,7 +203,7 @@ class Supervisor:
         if self._path is not None:
             link.send(ModelFound(str(self._path)))
         try:
-            await link.ended
+            await self._watch(api_process)
         finally:
             link.close()
             process.kill()  # it ended, or is about to
@@ -213,6 +214,21 @@ class Supervisor:
         self._board.clear(index)
         self.metrics.retire(process.pid)
         return status
+
+    async def _watch(self, api_process: ApiProcess) -> None:
+        """Until it ends, or is stuck: an event loop that does not run is of no use to anybody."""
+        patience = min(self._options.step_timeout, MAX_SILENCE)
+        while not api_process.link.ended.done():
+            silence = time.monotonic() - api_process.last_heard
+            if api_process.started and silence > patience:
+                logger.error(
+                    "API process %d has said nothing for %.0f s: killing it",
+                    api_process.index,
+                    silence,
+                )
+                return
+            api_process.link.send(Ping())
+            await asyncio.wait([api_process.link.ended], timeout=patience / 10)
 
     def _spawn(self, index: int, socket_fd: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -231,6 +247,7 @@ class Supervisor:
         return process
 
     def _handle(self, sender: ApiProcess, message: FromApiProcess) -> None:
+        sender.last_heard = time.monotonic()
         match message:
             case Started():
                 sender.started = message
@@ -239,7 +256,7 @@ class Supervisor:
                     self._set_started(None)
             case StartFailed():
                 kind = ConfigError if message.user_error else EngineError
-                if self._all_started.done():
+                if self._all_started.done() and self._all_started.exception() is None:
                     logger.error("API process %d cannot start: %s", sender.index, message.message)
                     sender.process.kill()
                 self._set_started(kind(message.message))

@@ -29,6 +29,8 @@ from headrace.api_processes.control import (
     Link,
     MetricsText,
     ModelFound,
+    Ping,
+    Pong,
     Scrape,
     Started,
     StartFailed,
@@ -98,6 +100,8 @@ class Worker:
                 client.restarts = count
             case EngineLost():
                 client.lost(EngineError(message.message))
+            case Ping():
+                self._link.send(Pong())
             case Drain():
                 self._draining = asyncio.create_task(self._drain())
             case Stop():
