@@ -164,6 +164,8 @@ async def test_the_longest_input_fits() -> None:
         ({"truncate_prompt_tokens": 5, "truncation_side": "left"}, "[CLS]def[SEP]"),
         ({"truncate_prompt_tokens": 5, "add_special_tokens": False}, "abcde"),
         ({"truncate_prompt_tokens": 50}, "[CLS]abcdef[SEP]"),
+        ({"truncate_prompt_tokens": 2}, "[CLS][SEP]"),
+        ({"truncate_prompt_tokens": 1}, "[CLS]"),
         ({"truncate_prompt_tokens": 0}, "[CLS]abcdef[SEP]"),
     ],
 )
@@ -223,6 +225,7 @@ async def test_a_full_queue_is_429() -> None:
     site = pooling_site(refuse=OverloadedError("Full.", retry_after=3))
     response = await post(site, input=["a", "b"])
     assert response.status_code == 429 and response.headers["retry-after"] == "3"
+    assert site.metric("requests_rejected_total", model_name="tiny", reason="queue_full") == 1
     assert len(site.app.state.services.ledger) == 0
 
 

@@ -208,6 +208,15 @@ def test_a_classifier_gives_logits(tmp_path: Path) -> None:
         assert np.abs(logits - theirs).max() < 1e-5
 
 
+def test_a_model_of_one_type_of_text_ignores_the_second(tmp_path: Path) -> None:
+    save(tmp_path, "XLMRobertaForSequenceClassification", num_labels=1, type_vocab_size=1)
+    engine = engine_of(tmp_path)
+    [text] = prompts(12)
+    [told] = vectors(engine, [text], task="classify", pooling="cls", second_text=5)
+    [plain] = vectors(engine, [text], task="classify", pooling="cls")
+    assert np.array_equal(told, plain)
+
+
 def test_a_classifier_that_judges_the_mean(tmp_path: Path) -> None:
     ids = {name: 1 for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     ids |= {"cls_token_id": 1, "sep_token_id": 1}

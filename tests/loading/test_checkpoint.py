@@ -189,6 +189,19 @@ class TestDigest:
             digests.add(open_checkpoint(folder).digest)
         assert len(digests) == 3
 
+    def test_sees_the_modules_behind_the_model(self, folder: Path) -> None:
+        digests = {open_checkpoint(folder).digest}
+        entry = {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}
+        (folder / "modules.json").write_text(json.dumps([entry]))
+        (folder / "1_Pooling").mkdir()
+        for kind in ("cls_token", "mean_tokens"):
+            content = json.dumps({f"pooling_mode_{kind}": True})
+            (folder / "1_Pooling" / "config.json").write_text(content)
+            digests.add(open_checkpoint(folder).digest)
+        assert len(digests) == 3
+        [module] = open_checkpoint(folder).modules
+        assert (module.kind, module.config) == ("Pooling", {"pooling_mode_mean_tokens": True})
+
     def test_sees_weights_names_and_types(self, folder: Path) -> None:
         weights = torch.randn(1 << 20)
         digests = set()

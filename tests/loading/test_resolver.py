@@ -180,6 +180,7 @@ def blob(data: bytes) -> str:
 
 
 WEIGHTS = {
+    "1_Pooling/config.json": b'{"pooling_mode": "cls"}',
     "config.json": b"{}",
     "model.safetensors": b"main weights",
     "tokenizer.json": b'{"a": 1}',
@@ -189,9 +190,10 @@ WEIGHTS = {
     "modeling.py": b"code",
     "consolidated.safetensors": b"copy",
     "onnx/model.safetensors": b"copy",
+    "onnx/config.json": b'{"copy": 1}',
 }
 READ = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja",
-        "additional_chat_templates/tool.jinja"}  # fmt: skip
+        "additional_chat_templates/tool.jinja", "1_Pooling/config.json"}  # fmt: skip
 
 
 @pytest.fixture

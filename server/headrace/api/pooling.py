@@ -189,7 +189,11 @@ class PoolingRun:
 
         Raises OverloadedError if the queue is full, EngineError if a request fails.
         """
-        return await unless_disconnected(request.receive, self._run(inputs, params))
+        try:
+            return await unless_disconnected(request.receive, self._run(inputs, params))
+        except OverloadedError:
+            with self.services.counting_rejections():
+                raise
 
     async def _run(self, inputs: Sequence[Encoded], params: PoolingParams) -> list[bytes]:
         vectors = [b""] * len(inputs)
@@ -240,8 +244,7 @@ class PoolingRun:
                 return self.model.client.submit(request)
             except OverloadedError:
                 if not self._in_flight:
-                    with self.services.counting_rejections():
-                        raise
+                    raise
             self._ended.clear()
             await self._ended.wait()
 

@@ -59,7 +59,8 @@ class EncoderRunner:
             token_ids[begin : begin + length] = request.prompt_token_ids
             positions[begin : begin + length] = np.arange(length)
             second = _params(request).second_text
-            if second is not None:
+            # A tokenizer may tell two texts apart where its model does not.
+            if second is not None and self._model.config.num_token_types > 1:
                 types[begin + second : begin + length] = 1
         inputs = (
             torch.from_numpy(array).to(self._device) for array in (token_ids, positions, types)
