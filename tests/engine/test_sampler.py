@@ -195,6 +195,26 @@ def test_only_allowed_tokens_are_sampled(temperature: float) -> None:
     assert alone.token_ids[0] == 3
 
 
+@pytest.mark.parametrize("size", [64, 70, 9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_tokens_of_the_mask_are_sampled(temperature: float, size: int) -> None:
+    rows = 32
+    logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(5))
+    kept = logits.clone()
+    extras: dict[str, Any] = {"temperature": temperature, "seed": list(range(rows))}
+    free = sample(logits, batch_of(rows, **extras)).token_ids
+    mask = np.zeros(-(-size // 32), np.int32)
+    for token_id in (1, 4, size - 1):
+        mask[token_id // 32] |= np.uint32(1 << token_id % 32).view(np.int32)
+    masks = dict.fromkeys(range(0, rows, 2), mask)
+    found = sample(logits, batch_of(rows, **extras, masks=masks)).token_ids
+    assert set(found[::2].tolist()) == {1, 4, size - 1}
+    assert (found[1::2] == free[1::2]).all()
+    assert (logits == kept).all()
+    none = sample(logits, batch_of(rows, **extras, masks={0: np.zeros_like(mask)}))
+    assert none.token_ids[0] == NO_TOKEN
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_banned_tokens_are_never_sampled(temperature: float) -> None:
     rows = 200

@@ -80,22 +80,5 @@ def without(mask: MaskArray, token_ids: Collection[int]) -> MaskArray:
 def mask_logits(logits: NDArray[np.float32], mask: MaskArray) -> None:
     """Set logits [V] of tokens that a mask does not allow to -inf, in place. What is no number
     stays that where it is allowed."""
-    some = np.flatnonzero(mask)
-    if 4 * len(some) < len(mask):
-        bits = np.unpackbits(mask[some].view(np.uint8), bitorder="little").view(np.bool_)
-        token_ids = (some[:, None] * BITS + np.arange(BITS)).ravel()[bits]
-        kept = logits[token_ids]
-        logits.fill(-np.inf)
-        logits[token_ids] = kept
-        return
-    whole = len(logits) // BITS
-    partial = np.flatnonzero(mask[:whole] != -1)
-    words = logits[: whole * BITS].reshape(whole, BITS)
-    words[partial] += _ADDED[mask[partial].view(np.uint8)].reshape(-1, BITS)
-    if rest := len(logits) % BITS:
-        logits[-rest:] += _ADDED[mask[-1:].view(np.uint8)].ravel()[:rest]
-
-
-# What is added to 8 logits, by their byte of a mask.
-_BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_ADDED = np.where(_BYTES, np.float32(0), np.float32(-np.inf))
+    bits = np.unpackbits(mask.view(np.uint8), count=len(logits), bitorder="little")
+    np.copyto(logits, -np.inf, where=bits == 0)
