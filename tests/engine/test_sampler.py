@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headrace.engine.sampler import NO_TOKEN, SampledTokens, Sampler, SamplingBatch
+from headrace.engine.sampler import NO_TOKEN, SampledTokens, Sampler, SamplingBatch, mask_on_device
+from headrace.engine.token_masks import mask_logits
 from headrace_kernels.dispatch import KernelFacts, choose
 
 KERNELS = choose(
@@ -211,6 +212,11 @@ def test_only_tokens_of_the_mask_are_sampled(temperature: float, size: int) -> N
     assert set(found[::2].tolist()) == {1, 4, size - 1}
     assert (found[1::2] == free[1::2]).all()
     assert (logits == kept).all()
+    there, here = logits.clone(), logits.clone()
+    mask_on_device(there, masks, torch.from_numpy)
+    for row in masks:
+        mask_logits(here[row].numpy(), mask)
+    assert there.equal(here)
     none = sample(logits, batch_of(rows, **extras, masks={0: np.zeros_like(mask)}))
     assert none.token_ids[0] == NO_TOKEN
 

@@ -159,16 +159,20 @@ def adjusted(
 
 def _mask(logits: Tensor, masks: Mapping[int, IntColumn], upload: Upload) -> None:
     """-inf where a mask has no bit."""
-    size = logits.shape[1]
-    if logits.device.type == "cpu":
-        for row, mask in masks.items():
-            mask_logits(logits[row].numpy(), mask)
+    if logits.device.type != "cpu":
+        mask_on_device(logits, masks, upload)
         return
+    for row, mask in masks.items():
+        mask_logits(logits[row].numpy(), mask)
+
+
+def mask_on_device(logits: Tensor, masks: Mapping[int, IntColumn], upload: Upload) -> None:
+    """The same, with the masks unpacked where the logits are."""
     packed = upload(np.stack(list(masks.values())))
     bits = (packed.unsqueeze(2) >> torch.arange(32, device=logits.device)) & 1
-    allowed = bits.flatten(1)[:, :size] != 0
+    banned = bits.flatten(1)[:, : logits.shape[1]] == 0
     rows = upload(np.fromiter(masks, np.int64))
-    logits[rows] += torch.where(allowed, 0.0, -torch.inf)
+    logits[rows] = logits[rows].masked_fill(banned, -torch.inf)
 
 
 def _penalize(logits: Tensor, batch: SamplingBatch, upload: Upload) -> None:
