@@ -87,7 +87,7 @@ class Service:
         names = served_names(config, options)
         self.path = Path()
         """Of the model's files, once they are found."""
-        self.metrics = Metrics(names[0])
+        self.metrics = Metrics(names[0], read_elsewhere=sharing is not None)
         self.client: ProcessEngineClient | AttachedEngineClient
         if sharing is None:
             self.client = ProcessEngineClient(
@@ -118,19 +118,7 @@ class Service:
         )
         self.app: FastAPI = create_app(
             ModelTable(self.model),
-            ApiConfig(
-                api_keys=(options.api_key,) if options.api_key else (),
-                max_body_bytes=options.max_body_bytes,
-                max_file_bytes=options.max_file_bytes,
-                data_limit=options.data_limit,
-                max_stored_responses=options.max_stored_responses,
-                batch_concurrency=options.batch_concurrency,
-                step_age_limit=options.step_timeout,
-                strict_fields=options.strict_fields,
-                trust_request_chat_template=options.trust_request_chat_template,
-                cors_origins=options.cors_origin,
-                version=__version__,
-            ),
+            _api_config(options),
             self.metrics,
         )
         self._config = config
@@ -233,6 +221,22 @@ class Service:
         store = self.app.state.services.store
         if store is not None:
             await store.close()
+
+
+def _api_config(options: ServerOptions) -> ApiConfig:
+    return ApiConfig(
+        api_keys=(options.api_key,) if options.api_key else (),
+        max_body_bytes=options.max_body_bytes,
+        max_file_bytes=options.max_file_bytes,
+        data_limit=options.data_limit,
+        max_stored_responses=options.max_stored_responses,
+        batch_concurrency=options.batch_concurrency,
+        step_age_limit=options.step_timeout,
+        strict_fields=options.strict_fields,
+        trust_request_chat_template=options.trust_request_chat_template,
+        cors_origins=options.cors_origin,
+        version=__version__,
+    )
 
 
 def served_names(config: EngineConfig, options: ServerOptions) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ OBSERVE = """
 import os, signal
 from types import SimpleNamespace
 from headrace.observability.metrics import Metrics
-metrics = Metrics("m")
+metrics = Metrics("m", read_elsewhere=True)
 for number in range(3):
     meter = metrics.track(f"r{number}", 0.0)
     meter.tokens(4, now=0.5)

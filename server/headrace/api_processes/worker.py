@@ -47,6 +47,8 @@ from headrace.serve import Service, Sharing, answering
 
 logger = logging.getLogger(__name__)
 
+FLUSH_SECONDS = 0.2
+
 
 class Worker:
     """Serves until told to stop."""
@@ -69,9 +71,10 @@ class Worker:
         await asyncio.get_running_loop().create_connection(lambda: self._link, sock=end)
         listener = listen(self._startup.options.host, self._startup.port, shared=True)
         async with answering(self._service, listener):
-            starting = asyncio.create_task(self._start())
+            tasks = [asyncio.create_task(work) for work in (self._start(), self._flush_metrics())]
             await self._stop
-            starting.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _start(self) -> None:
         try:
@@ -85,6 +88,12 @@ class Worker:
         else:
             digest = self._service.model.digest
             self._link.send(Started(digest, self._service.text_formats()))
+
+    async def _flush_metrics(self) -> None:
+        """What is delivered of long streams shows in scrapes, and outlives this process."""
+        while True:
+            await asyncio.sleep(FLUSH_SECONDS)
+            self._service.metrics.flush()
 
     async def _find_model(self) -> Path:
         return await self._path
