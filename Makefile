@@ -17,6 +17,8 @@ PORT ?=
 ARGS ?=
 # Test processes side by side; a file's tests stay in one.
 JOBS ?= 2
+# Tests of servers that run again with two API processes.
+SHARED := $(patsubst %,tests/e2e/test_%.py,bad_input batches lifetime openai_client start_errors streams)
 # Where to get torch. Empty: a CPU build where there is no NVIDIA driver, otherwise pip's choice.
 TORCH_INDEX_URL ?=
 CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
@@ -159,6 +161,7 @@ test: $(VENV)/.dev $(VENV)/.node
 
 test-full: lint types $(VENV)/.clients $(VENV)/.node
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --record=docs/verified.md
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile --api-processes 2 $(SHARED)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
