@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 # Of one text, beyond what its tokens can stand for: normalizers drop characters, and words that no
 # vocabulary has become one token.
-SPARE_CHARACTERS = 2**16
+SPARE_CHARACTERS = 2**13
 # Of an answer that is encoded on the event loop: about 2 ms.
 MAX_INLINE_VALUES = 2**14
 
@@ -117,14 +117,10 @@ class PoolingRun:
             kept = self.limit if self.truncates else most
             if most is not None and kept is not None:
                 kept = min(kept, most)
-            return [
-                Encoded(
-                    self.tokenizer.encode_within(
-                        text, kept, keeps_end=self.keeps_end, add_special_tokens=add_special_tokens
-                    )
-                )
-                for text in texts
-            ]
+            found = self.tokenizer.encode_within(
+                texts, kept, keeps_end=self.keeps_end, add_special_tokens=add_special_tokens
+            )
+            return [Encoded(token_ids) for token_ids in found]
 
         return self.checked(await off_loop_if_long(encode, sum(map(len, texts))), param)
 
@@ -135,14 +131,10 @@ class PoolingRun:
 
         def encode() -> list[Encoded]:
             kept = self.limit if self.truncates else None
-            return [
-                Encoded(
-                    *self.tokenizer.encode_pair(
-                        first, second, kept, max_second=max_second, keeps_end=self.keeps_end
-                    )
-                )
-                for first, second in cut
-            ]
+            found = self.tokenizer.encode_pairs(
+                cut, kept, max_second=max_second, keeps_end=self.keeps_end
+            )
+            return [Encoded(*one) for one in found]
 
         cut = [
             (self._within_reach(first, param), self._within_reach(second, param))

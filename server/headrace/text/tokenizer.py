@@ -72,49 +72,56 @@ class Tokenizer:
 
     def encode_within(
         self,
-        text: str,
+        texts: Sequence[str],
         limit: int | None,
         *,
         keeps_end: bool = False,
         add_special_tokens: bool = True,
-    ) -> list[int]:
-        """At most `limit` tokens: what is too much of the text is left out, special tokens stay."""
-        encoding = self._fast.encode(text, add_special_tokens=False)
+    ) -> list[list[int]]:
+        """At most `limit` tokens of each text: what is too much of it is left out, special tokens
+        stay."""
+        encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
         leading: list[int] = self._leading_ids if add_special_tokens else []
-        if limit is not None:
-            special = self._fast.num_special_tokens_to_add(False) if add_special_tokens else 0
-            room = max(limit - special - len(leading), 0)
-            encoding.truncate(room, direction="left" if keeps_end else "right")
-        ids: list[int] = self._fast.post_process(encoding, None, add_special_tokens).ids
-        return [*leading, *ids][:limit]
+        special = self._fast.num_special_tokens_to_add(False) if add_special_tokens else 0
+        found: list[list[int]] = []
+        for encoding in encodings:
+            if limit is not None:
+                room = max(limit - special - len(leading), 0)
+                encoding.truncate(room, direction="left" if keeps_end else "right")
+            ids: list[int] = self._fast.post_process(encoding, None, add_special_tokens).ids
+            found.append([*leading, *ids][:limit])
+        return found
 
-    def encode_pair(
+    def encode_pairs(
         self,
-        first: str,
-        second: str,
+        pairs: Sequence[tuple[str, str]],
         limit: int | None = None,
         *,
         max_second: int | None = None,
         keeps_end: bool = False,
-    ) -> tuple[list[int], int | None]:
+    ) -> list[tuple[list[int], int | None]]:
         """Two texts as one sequence with special tokens, and where the second one begins, if the
         tokenizer gives the two different types.
 
         Of more than `limit` tokens the longer text loses its own, until both are of one length.
         `max_second` cuts the second text before that.
         """
-        encodings = [self._fast.encode(text, add_special_tokens=False) for text in (first, second)]
+        texts = [text for pair in pairs for text in pair]
+        encodings = iter(self._fast.encode_batch_fast(texts, add_special_tokens=False))
         direction = "left" if keeps_end else "right"
-        if max_second is not None:
-            encodings[1].truncate(max_second, direction=direction)
-        if limit is not None:
-            room = max(limit - self._fast.num_special_tokens_to_add(True), 0)
-            kept = _shares(len(encodings[0]), len(encodings[1]), room)
-            for encoding, most in zip(encodings, kept, strict=True):
-                encoding.truncate(most, direction=direction)
-        whole = self._fast.post_process(encodings[0], encodings[1], True)
-        types: list[int] = whole.type_ids
-        return whole.ids[:limit], types.index(1) if 1 in types else None
+        found: list[tuple[list[int], int | None]] = []
+        for first, second in zip(encodings, encodings, strict=True):
+            if max_second is not None:
+                second.truncate(max_second, direction=direction)
+            if limit is not None:
+                room = max(limit - self._fast.num_special_tokens_to_add(True), 0)
+                most_first, most_second = _shares(len(first), len(second), room)
+                first.truncate(most_first, direction=direction)
+                second.truncate(most_second, direction=direction)
+            whole = self._fast.post_process(first, second, True)
+            types: list[int] = whole.type_ids
+            found.append((whole.ids[:limit], types.index(1) if 1 in types else None))
+        return found
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool = True
