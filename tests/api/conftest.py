@@ -185,12 +185,15 @@ class FakeEngine:
         stops = () if sampling.ignore_eos else (self.eos, *sampling.stop_token_ids)
         if token in stops and made >= sampling.min_tokens:
             self._end(stream, [token], FinishReason.STOP, stop_token_id=token)
-        elif made + 1 == sampling.max_tokens:
+        elif made + 1 == (sampling.max_tokens or self._room(stream)):
             self._end(stream, [token], FinishReason.LENGTH)
         elif made == 0 or sampling.logprobs is not None:
             self._deliver(self._output(stream, [token]))
         else:
             self.live.deliver(StepOutputs([handle], [token], []))
+
+    def _room(self, stream: LiveStream) -> int:
+        return self.max_model_len - len(stream.request.prompt_token_ids)
 
     def _end(
         self,

@@ -81,6 +81,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 10**9}, "n", "must be in [1, 128]"),
     ({"n": 10**30}, "n", "less than"),
     ({"max_tokens": 0}, "max_tokens", "must be in [1,"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "must be in [1,"),
     ({"max_tokens": -5}, "max_tokens", "must be in [1,"),
     ({"max_tokens": 10**30}, "max_tokens", "less than"),
     ({"seed": 10**30}, "seed", "less than"),

@@ -138,3 +138,8 @@ async def test_long_prompts_are_tokenized_beside_the_event_loop(
     site.engine.max_model_len = 40_000
     answer = await complete(http, prompt="ab" * 15_000, max_tokens=1)
     assert answer["usage"]["prompt_tokens"] == 30_000
+
+
+async def test_no_choice_is_refused(http: httpx.AsyncClient) -> None:
+    response = await http.post("/v1/completions", json={"prompt": "Hi", "n": 0})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "n"

@@ -154,7 +154,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
     """The real API over a ScriptedEngine, in a thread of this process."""
     data = tmp_path_factory.mktemp("scripted")
     site = make_site(template=TEMPLATE)
-    engine = ScriptedEngine(site.engine.tokenizer, max_model_len=8192)
+    engine = ScriptedEngine(site.engine.tokenizer, max_model_len=2048)
     engine.on_record = site.engine.on_record
     site.engine = site.model.client = engine
     loop = asyncio.new_event_loop()

@@ -264,6 +264,8 @@ class ChatCompletionRequest(ReasoningFields, _GenerationBody, _ChatPrompt):
                 max_tokens=self.max_tokens if limit is None else limit, logprobs=logprobs
             )
         except InvalidRequestError as error:
+            if limit is not None:
+                error = _renamed(error, "max_tokens", "max_completion_tokens")
             raise _renamed(error, "logprobs", "top_logprobs") from error
 
 
@@ -289,7 +291,8 @@ class CompletionRequest(_GenerationBody):
     @property
     def num_tried(self) -> int:
         """Choices that are made for each prompt, of which the best n are told."""
-        return self.best_of or self.n or 1
+        asked = self.n if self.best_of is None else self.best_of
+        return 1 if asked is None else asked
 
     @property
     def num_prompts(self) -> int:
