@@ -63,7 +63,7 @@ _ERRORS_WITH_BODY = {
 _ANTHROPIC = "/v1/messages"
 _PROBES = ("/livez", "/readyz", "/health", "/version", "/metrics")
 """No key, no error: with 503 they say the same as with 200."""
-_PAGE = {
+_PAGE: dict[str, dict[str, Any]] = {
     "after": {"type": "string", "description": "The id that the last page ended with."},
     "limit": {"type": "integer", "minimum": 1, "maximum": 100},
     "order": {"type": "string", "enum": ["asc", "desc"]},
