@@ -112,3 +112,15 @@ def test_responses(target: Target) -> None:
     assert "Paris" in answer.text
     streamed = "".join(chunk.text for chunk in model.stream("What is the capital of France?"))
     assert streamed == answer.text
+
+
+def test_embeddings(target: Target) -> None:
+    model = langchain_openai.OpenAIEmbeddings(
+        model=target.model,
+        base_url=target.v1,
+        api_key="any",
+        check_embedding_ctx_length=False,  # or it would look for a tokenizer of OpenAI's
+    )
+    first, second = model.embed_documents(["Hi", "Ho"])
+    assert model.embed_query("Hi") == pytest.approx(first, abs=1e-5)
+    assert len(first) == len(second) and first != second

@@ -123,6 +123,19 @@ def test_models_are_a_page_that_iterates(target: Target) -> None:
     assert target.model in [model.id for model in target.openai().models.list()]
 
 
+def test_embeddings_are_numbers_whatever_went_over_the_wire(target: Target) -> None:
+    """The client asks for base64 unless it is told otherwise."""
+    client = target.openai()
+    packed = client.embeddings.create(model=target.model, input=["Hi", "Ho"])
+    plain = client.embeddings.create(
+        model=target.model, input=["Hi", "Ho"], encoding_format="float"
+    )
+    assert [one.index for one in packed.data] == [0, 1]
+    for ours, theirs in zip(packed.data, plain.data, strict=True):
+        assert ours.embedding == pytest.approx(theirs.embedding, abs=1e-5)
+    assert packed.usage.prompt_tokens == packed.usage.total_tokens > 0
+
+
 # --- tools --------------------------------------------------------------------------------------
 
 

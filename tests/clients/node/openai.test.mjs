@@ -4,6 +4,8 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 
 import OpenAI, { toFile } from 'openai';
+import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
+import { z } from 'zod';
 
 const { REAL_URL, REAL_MODEL: model, SCRIPTED_URL, SCRIPTED_MODEL: scriptedModel } = process.env;
 const options = { apiKey: 'any', maxRetries: 0, timeout: 100_000 };
@@ -191,4 +193,45 @@ test('a file and a batch', async () => {
   for await (const one of real.files.list({ limit: 1 })) ids.push(one.id);
   assert.ok(ids.includes(file.id));
   assert.equal((await real.files.delete(file.id)).deleted, true);
+});
+
+test('answers of a given shape are parsed', async () => {
+  const Place = z.object({ kind: z.enum(['city', 'river']), big: z.boolean() });
+  const completion = await real.chat.completions.parse({
+    model,
+    messages: [{ role: 'user', content: 'Paris' }],
+    max_tokens: 100,
+    temperature: 0,
+    response_format: zodResponseFormat(Place, 'place'),
+  });
+  assert.equal(Place.safeParse(completion.choices[0].message.parsed).success, true);
+  const response = await real.responses.parse({
+    model,
+    input: 'Paris',
+    max_output_tokens: 100,
+    temperature: 0,
+    text: { format: zodTextFormat(Place, 'place') },
+  });
+  assert.equal(Place.safeParse(response.output_parsed).success, true);
+});
+
+test('a response, whole, streamed, kept and forgotten', async () => {
+  const body = { model, input: 'What is the capital of France?', temperature: 0 };
+  const whole = await real.responses.create(body);
+  assert.match(whole.output_text, /Paris/);
+  const final = await real.responses.stream(body).finalResponse();
+  assert.equal(final.output_text, whole.output_text);
+  assert.equal((await real.responses.retrieve(whole.id)).output_text, whole.output_text);
+  await real.responses.delete(whole.id);
+  await assert.rejects(real.responses.retrieve(whole.id), OpenAI.NotFoundError);
+});
+
+test('embeddings come as numbers, whatever went over the wire', async () => {
+  const ask = (encoding_format) =>
+    real.embeddings.create({ model, input: ['Hi', 'Ho'], encoding_format });
+  const [plain, packed] = [await ask('float'), await ask(undefined)];
+  assert.equal(plain.data.length, 2);
+  plain.data[0].embedding.forEach((value, index) =>
+    assert.ok(Math.abs(value - packed.data[0].embedding[index]) < 1e-5),
+  );
 });

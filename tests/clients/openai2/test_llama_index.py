@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.tools import FunctionTool
+from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai_like import OpenAILike
 
 PROMPT = "The capital of France is"
@@ -53,3 +54,11 @@ def test_tools(scripted: Any, stream: bool) -> None:
     assert (call.tool_name, call.tool_kwargs) == ("weather", {"city": "Zürich"})
     result = model.predict_and_call([tool], user_msg=said)
     assert str(result) == "rain in Zürich"
+
+
+def test_embeddings(target: Any) -> None:
+    model = OpenAIEmbedding(
+        model_name=target.model, api_base=target.v1, api_key="any", max_retries=0
+    )
+    first, second = model.get_text_embedding_batch(["Hi", "Ho"])
+    assert len(first) == len(second) and first != second
