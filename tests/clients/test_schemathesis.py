@@ -34,7 +34,7 @@ CHECKS = (
 def test_the_document_holds(scripted: Scripted, tmp_path: Path, mode: str) -> None:
     command = [sys.executable, "-P", "-m", "schemathesis.cli", "run"]
     command += [f"{scripted.url}/openapi.json", "--url", scripted.url, "--seed", "1"]
-    command += ["--phases", "examples,coverage,fuzzing", "--mode", mode, "--max-examples", "15"]
+    command += ["--phases", "examples,coverage,fuzzing", "--mode", mode, "--max-examples", "10"]
     command += ["--checks", ",".join(CHECKS), "--request-timeout", "60", "--no-color"]
     command += ["--generation-database", "none", "--suppress-health-check", "all"]
     run = subprocess.run(
