@@ -257,7 +257,7 @@ def test_leaving_a_stream_ends_the_request_on_the_server(scripted: Scripted) -> 
     scripted.engine.step_seconds = 0.01
     try:
         stream = scripted.openai().chat.completions.create(
-            model=scripted.model, messages=says("word " * 500), stream=True
+            model=scripted.model, messages=says("word " * 200), stream=True
         )
         for _, _chunk in zip(range(3), stream, strict=False):
             pass
