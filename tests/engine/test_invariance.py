@@ -86,12 +86,13 @@ class Recorder:
         sampler = self.engine._runner._sampler
         sample = sampler.sample
 
-        def record(logits, batch):
-            result = sample(logits, batch)
+        def record(logits, batch, *, reuse=False):
+            before = logits.clone()
+            result = sample(logits, batch, reuse=reuse)
             for row, key in enumerate(
                 zip(batch.seed.tolist(), batch.position.tolist(), strict=True)
             ):
-                self.logits[key] = logits[row, ::keep_every].clone()
+                self.logits[key] = before[row, ::keep_every].clone()
                 self.tokens.setdefault(key[0], []).append(int(result.token_ids[row]))
             return result
 

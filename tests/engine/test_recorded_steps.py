@@ -36,10 +36,10 @@ def logits_of(engine: Engine, count: int) -> Logits:
     sampler = engine._runner._sampler
     sample = sampler.sample
 
-    def keep(logits, batch):
+    def keep(logits, batch, *, reuse=False):
         keys = zip(batch.seed.tolist(), batch.position.tolist(), strict=True)
         found.update({key: logits[row, ::97].clone() for row, key in enumerate(keys)})
-        return sample(logits, batch)
+        return sample(logits, batch, reuse=reuse)
 
     sampler.sample = keep
     for index in range(count):

@@ -47,7 +47,11 @@ class TestLocal:
         ["./models/llama", "../x", "/no/such/model", "~/no/such/model", "models/x.gguf", "gpt2",
          "a/b/c", "org/name:file.bin", "org/name name"],
     )  # fmt: skip
-    def test_what_looks_like_a_missing_path(self, reference: str) -> None:
+    def test_what_looks_like_a_missing_path(
+        self, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
         with pytest.raises(CheckpointError, match="no such file or folder, and not a model name"):
             resolve_model(reference)
 
