@@ -23,6 +23,8 @@ class Startup(msgspec.Struct, frozen=True):
     port: int
     config: EngineConfig
     options: ServerOptions
+    replaces: bool
+    """Others answer already: this one is to listen once it can."""
 
 
 class ModelFound(msgspec.Struct, frozen=True, tag="model_found"):

@@ -239,7 +239,13 @@ class Supervisor:
             env=api_process_environment(self._folder.path),
         )
         startup = Startup(
-            socket_fd, index, str(self._folder.path), self._port, self._config, self._options
+            socket_fd,
+            index,
+            str(self._folder.path),
+            self._port,
+            self._config,
+            self._options,
+            replaces=self._all_started.done(),
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; its exit tells

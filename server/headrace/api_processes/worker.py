@@ -69,9 +69,11 @@ class Worker:
     async def run(self) -> None:
         end = socket.socket(fileno=self._startup.socket_fd)
         await asyncio.get_running_loop().create_connection(lambda: self._link, sock=end)
+        tasks = [asyncio.create_task(work) for work in (self._start(), self._flush_metrics())]
+        if self._startup.replaces:
+            await asyncio.wait([tasks[0], self._stop], return_when=asyncio.FIRST_COMPLETED)
         listener = listen(self._startup.options.host, self._startup.port, shared=True)
         async with answering(self._service, listener):
-            tasks = [asyncio.create_task(work) for work in (self._start(), self._flush_metrics())]
             await self._stop
             for task in tasks:
                 task.cancel()
