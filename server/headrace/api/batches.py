@@ -19,7 +19,7 @@ from headrace.api.error_response import json_response
 from headrace.api.files import DAY, FILE, check_expiry, find_file
 from headrace.api.generation import new_id
 from headrace.api.listing import list_answer, read_page
-from headrace.api.metadata import check_metadata
+from headrace.api.metadata import Metadata, check_metadata
 from headrace.api.services import services_of
 from headrace.api.store import Record, Store
 from headrace.errors import InvalidRequestError, NotFoundError
@@ -55,7 +55,7 @@ class BatchRequest(BaseModel):
     input_file_id: str
     endpoint: str
     completion_window: str
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
 
     def check(self) -> None:

@@ -37,7 +37,7 @@ from headrace.api.protocol import ChatCompletionRequest, plain_messages
 from headrace.api.reasoning import template_kwargs, thinking_budget
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
-from headrace.api.structured_output import output_grammar
+from headrace.api.structured_output import make_output_grammar
 from headrace.api.template_fields import text_for, with_documents
 from headrace.api.tools import ToolUse, tool_use
 from headrace.engine.client import Task
@@ -119,7 +119,7 @@ async def start_chat(
         sampling = dataclasses.replace(sampling, max_tokens=max(room, 1))
     check_lengths([prompt.token_ids], sampling.max_tokens, info, param="messages")
     context = RequestContext.of(request, body, response_id)
-    content = output_grammar(body, sampling)
+    content = await make_output_grammar(body, sampling)
     use = prompt.tools and prompt.tools.beside(format_is_asked_for=content is not None)
     reader = message_reader(body, text, prompt.token_ids, use)
     grammar = answer_grammar(content, reader, sampling, text.tokenizer)

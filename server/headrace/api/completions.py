@@ -28,7 +28,7 @@ from headrace.api.prompts import Truncation, check_lengths, encode_prompt
 from headrace.api.protocol import CompletionRequest
 from headrace.api.reply import Reply
 from headrace.api.services import services_of
-from headrace.api.structured_output import output_grammar
+from headrace.api.structured_output import make_output_grammar
 from headrace.engine.client import Task
 from headrace.text.detokenizer import Detokenizer
 
@@ -54,7 +54,7 @@ async def create_completion(request: Request) -> Response:
         )
         check_lengths(prompts, sampling.max_tokens, info, param="prompt")
         context = RequestContext.of(request, body, new_id("cmpl"))
-        grammar = output_grammar(body, sampling)
+        grammar = await make_output_grammar(body, sampling)
         generation = begin(model, prompts, sampling, context, beams, grammar=grammar)
     reply = CompletionReply(
         body,

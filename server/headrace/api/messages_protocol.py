@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from headrace.api.bounds import FIRST_ERROR
 from headrace.api.field_policy import HARMLESS as HARMLESS_IN_CHAT
 from headrace.api.field_policy import Refused
-from headrace.api.protocol import MAX_MESSAGES, Int, Stop
-from headrace.api.tools import MAX_TOOLS
+from headrace.api.protocol import MAX_MESSAGES, MAX_TOOLS, Int, Stop
 
 Blocks = list[dict[str, Any]]
 
@@ -73,9 +73,11 @@ class CountTokensRequest(_Body):
     """What makes the prompt."""
 
     model: str | None = None
-    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[
+        list[InputMessage], FIRST_ERROR, Field(min_length=1, max_length=MAX_MESSAGES)
+    ]
     system: Content | None = None
-    tools: Annotated[list[CustomTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[CustomTool], FIRST_ERROR, Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

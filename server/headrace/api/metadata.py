@@ -6,10 +6,15 @@ https://platform.openai.com/docs/api-reference/batch/create#batch-create-metadat
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
+from headrace.api.bounds import at_most
 from headrace.errors import InvalidRequestError
 
 MAX_ENTRIES, MAX_KEY, MAX_VALUE = 16, 64, 512
+
+
+Metadata = Annotated[dict[str, str], at_most(MAX_ENTRIES)]
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:

@@ -21,6 +21,9 @@ T = TypeVar("T")
 # About 2 ms of work: what the event loop, and with it every stream, may stand still.
 MAX_INLINE_CHARACTERS = 16_384
 
+# What a message costs to render, however short it is, in characters of text.
+MESSAGE_CHARACTERS = 32
+
 # Characters beyond those that a truncated prompt can need, so that the border does not show.
 TRUNCATION_MARGIN = 64
 
@@ -88,9 +91,10 @@ async def encode_chat(
         _check_size(text.tokenizer, prompt, info.max_model_len, param="messages")
         return text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
 
-    size = sum(map(_characters, messages))
-    if tools:
-        size += len(msgspec.json.encode(tools))
+    size = sum(map(_characters, messages)) + MESSAGE_CHARACTERS * len(messages)
+    for more in (tools, kwargs):
+        if more:
+            size += len(msgspec.json.encode(more))
     return await _off_loop_if_long(encode, MAX_INLINE_CHARACTERS + 1 if off_loop else size)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from headrace.api.beam_search import BeamFields
+from headrace.api.bounds import FIRST_ERROR, at_most
 from headrace.api.reasoning import ReasoningFields
 from headrace.api.structured_output import StructuredFields
 from headrace.api.template_fields import TemplateFields
@@ -24,6 +25,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_TOKEN_BIASES = 4096  # each is added in each step
 MAX_ALLOWED_TOKEN_IDS = 2**18
 MAX_MESSAGES = 2**16
+MAX_TOOLS = 512
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORDS_CHARACTERS = 8192  # together: they are tokenized before anything else happens
 
@@ -122,7 +124,7 @@ class _GenerationBody(StructuredFields, BeamFields, _Body):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_TOKEN_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, float], at_most(MAX_TOKEN_BIASES)] | None = None
     # Extensions
     top_k: Int | None = None
     min_p: float | None = None
@@ -131,7 +133,9 @@ class _GenerationBody(StructuredFields, BeamFields, _Body):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[Int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     bad_words: BadWords = ()
-    allowed_token_ids: Annotated[list[Int], Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
+    allowed_token_ids: (
+        Annotated[list[Int], FIRST_ERROR, Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None
+    ) = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Int | None = None
@@ -210,7 +214,7 @@ class MessageToolCall(_Body):
 class ChatMessage(_Body):
     role: Annotated[str, Field(max_length=64)]
     content: Content = None
-    tool_calls: list[MessageToolCall] | None = None
+    tool_calls: Annotated[list[MessageToolCall], FIRST_ERROR] | None = None
     tool_call_id: str | None = None
 
 
@@ -227,13 +231,13 @@ class Tool(_Body):
     function: Function
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[ChatMessage], FIRST_ERROR, Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class _ChatPrompt(TemplateFields, _Body):
     """How messages become a prompt."""
 
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], FIRST_ERROR, Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -247,7 +251,7 @@ class ChatCompletionRequest(ReasoningFields, _GenerationBody, _ChatPrompt):
     echo: bool | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    functions: list[Function] | None = None
+    functions: Annotated[list[Function], FIRST_ERROR, Field(max_length=MAX_TOOLS)] | None = None
     function_call: Any = None
 
     def check_combinations(self) -> None:
@@ -337,7 +341,7 @@ class ApplyTemplateRequest(_ChatPrompt):
 
 class DetokenizeRequest(_Body):
     model: str | None = None
-    tokens: list[Int]
+    tokens: Annotated[list[Int], FIRST_ERROR]
 
 
 _ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")

@@ -14,9 +14,16 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from headrace.api.body import invalid_body, parse_json, read_body
+from headrace.api.bounds import FIRST_ERROR
 from headrace.api.field_policy import HARMLESS, REFUSED, Refused, check_extra_fields
-from headrace.api.metadata import check_metadata
-from headrace.api.protocol import MAX_MESSAGES, ChatCompletionRequest, Int, StreamOptions
+from headrace.api.metadata import Metadata, check_metadata
+from headrace.api.protocol import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatCompletionRequest,
+    Int,
+    StreamOptions,
+)
 from headrace.api.services import services_of
 from headrace.errors import InvalidRequestError, RequestError, UnsupportedParameterError
 
@@ -77,16 +84,16 @@ class ResponsesRequest(_Part):
     background: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], FIRST_ERROR] | None = None
     max_output_tokens: Int | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
     temperature: float | None = None
     text: TextConfig | None = None
     tool_choice: Any = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], FIRST_ERROR, Field(max_length=MAX_TOOLS)] | None = None
     top_logprobs: Int | None = None
     top_p: float | None = None
     truncation: Literal["auto", "disabled"] | None = None

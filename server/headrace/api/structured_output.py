@@ -6,12 +6,14 @@ in SGLang; grammar as in llama.cpp. Grammars are llguidance's: its docs/syntax.m
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter
 
+from headrace.api.bounds import FIRST_ERROR
 from headrace.api.one_of import without_one_of
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
 from headrace.sampling_params import SamplingParams
@@ -20,9 +22,10 @@ MAX_CHARACTERS = 2**18
 """Of a schema, a pattern, a grammar, or all choices: a compiler's work grows with it."""
 MAX_CHOICES = 4096
 ANY_OBJECT = {"type": "object"}
+_ANY_JSON = TypeAdapter[Any](Any)
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
-Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+Choices = Annotated[list[str], FIRST_ERROR, Field(min_length=1, max_length=MAX_CHOICES)]
 
 
 def _check_schema(value: Any) -> Any:
@@ -107,6 +110,15 @@ def output_grammar(body: StructuredFields, sampling: SamplingParams) -> OutputGr
     return found[0]
 
 
+async def make_output_grammar(
+    body: StructuredFields, sampling: SamplingParams
+) -> OutputGrammar | None:
+    """As output_grammar, off the event loop: a long grammar takes up to a second."""
+    if all(getattr(body, name) is None for name in StructuredFields.model_fields):
+        return None
+    return await asyncio.to_thread(output_grammar, body, sampling)
+
+
 def check_sampling(sampling: SamplingParams, param: str) -> None:
     """Raises InvalidRequestError for what cannot go with a grammar, which `param` asked for."""
     for name, value in (
@@ -184,8 +196,8 @@ def json_grammar(schema: dict[str, Any] | bool | str, param: str) -> OutputGramm
     """JSON that a schema, an object or its text, describes. Raises InvalidRequestError."""
     if isinstance(schema, str):
         try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError):
+            schema = _ANY_JSON.validate_json(schema)  # with the limits of bodies
+        except ValueError:
             raise InvalidRequestError(
                 f"{param} is not the text of a JSON schema.", param=param
             ) from None
@@ -193,7 +205,13 @@ def json_grammar(schema: dict[str, Any] | bool | str, param: str) -> OutputGramm
         raise InvalidRequestError(f"{param} must be a JSON schema: an object.", param=param)
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    text = json.dumps({**without_one_of(schema), "x-guidance": ON_ONE_LINE}, ensure_ascii=False)
+    whole = {**without_one_of(schema), "x-guidance": ON_ONE_LINE}
+    try:
+        text = json.dumps(whole, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise InvalidRequestError(
+            f"{param} holds a number that is not finite; leave it out.", param=param
+        ) from None
     return OutputGrammar(f"start: %json {_short(text, param)}", param)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from headrace.api.bounds import FIRST_ERROR
 from headrace.errors import CheckpointError, InvalidRequestError, UnsupportedParameterError
 from headrace.text.chat_template import ChatTemplate
 from headrace.text.processor import TextProcessor
@@ -17,7 +18,9 @@ MAX_DOCUMENTS = 2**12
 
 
 class TemplateFields(BaseModel):
-    documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    documents: (
+        Annotated[list[dict[str, Any]], FIRST_ERROR, Field(max_length=MAX_DOCUMENTS)] | None
+    ) = None
     """What the answer is to be found in, in the shape that the template knows."""
     chat_template: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

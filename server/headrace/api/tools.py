@@ -14,8 +14,6 @@ from headrace.api.protocol import ChatCompletionRequest, Tool
 from headrace.errors import InvalidRequestError, UnsupportedParameterError
 from headrace.text.tool_calls import ToolCallFormat
 
-MAX_TOOLS = 512
-
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
@@ -91,8 +89,6 @@ def template_tools(tools: list[Tool] | None) -> list[dict[str, Any]]:
 
 
 def _by_name(tools: list[Tool]) -> dict[str, Tool]:
-    if len(tools) > MAX_TOOLS:
-        raise InvalidRequestError(f"tools must have at most {MAX_TOOLS} items.", param="tools")
     named: dict[str, Tool] = {}
     for index, tool in enumerate(tools):
         name = tool.function.name

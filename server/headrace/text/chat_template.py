@@ -23,6 +23,7 @@ from headrace.errors import CheckpointError, InvalidRequestError
 
 MAX_STEPS = 200_000  # loop rounds in one rendering; a thousand-message chat takes a few thousand
 MAX_CHARACTERS = 64 * 2**20
+MAX_REASON = 500  # characters of what the template says
 MAX_SECONDS = 10.0  # in loops and macros; a thousand-message chat takes some 50 ms
 _WIDE_FORMAT = re.compile(r"\d{6}|\*")
 _RESERVED = frozenset(
@@ -120,9 +121,14 @@ class ChatTemplate:
             raise _refused(f"it fails with: {error}") from error
         except RecursionError as error:
             raise _refused("it is nested too deeply") from error
+        except MemoryError as error:
+            raise _refused("it makes too much of a text") from error
         except (_LimitError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise _refused(f"it fails with: {error}") from error
-        return "".join(pieces)
+        text = "".join(pieces)
+        if not _is_unicode(text):
+            raise _refused("it writes half of a surrogate pair, which is no character")
+        return text
 
     def _with_known_role(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """OpenAI's "developer" is its newer name for "system", which templates know."""
@@ -262,9 +268,19 @@ def _cut_after_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -
     return text[: exact + len(content)] if exact >= 0 else text[: start + len(content.strip())]
 
 
+def _is_unicode(text: str) -> bool:
+    """Not so where an escape of a call's arguments, or of the template, is half of a pair."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _refused(reason: str) -> InvalidRequestError:
+    # What the template says may be anything.
+    readable = reason[:MAX_REASON].encode(errors="backslashreplace").decode()
     return InvalidRequestError(
-        f"The model's chat template does not take these messages: {reason}.", param="messages"
+        f"The model's chat template does not take these messages: {readable}.", param="messages"
     )
 
 
