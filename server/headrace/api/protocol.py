@@ -453,13 +453,16 @@ def _content(message: ChatMessage, where: str) -> str:
     texts: list[str] = []
     for index, part in enumerate(content):
         kind = part.get("type")
-        text = part.get(kind) if kind in ("text", "refusal") else None
-        if not isinstance(text, str):
+        if kind not in ("text", "refusal"):
             raise UnsupportedParameterError(
                 f'{where}.content[{index}] must be {{"type": "text", "text": "..."}}: this server '
                 f"takes only text, got type {str(kind)[:64]!r}.",
                 param=f"{where}.content[{index}]",
             )
+        if not isinstance(text := part.get(kind), str):
+            path = f"{where}.content[{index}].{kind}"
+            code = "missing_required_parameter" if text is None else "invalid_type"
+            raise InvalidRequestError(f"{path} must be a string.", param=path, code=code)
         texts.append(text)
     return "\n".join(texts)
 
