@@ -8,6 +8,7 @@ HeadraceError
 │   ├── AuthenticationError           401  no key, or a wrong one
 │   ├── ModelNotFoundError            404  no model of that name is served
 │   ├── NotFoundError                 404  no file, batch or response of that id is kept
+│   ├── RequestTimeoutError           408  the body did not arrive in time
 │   └── RequestTooLargeError          413  the body is larger than the limit
 ├── OverloadedError           429  the queue is full: come back after `retry_after` seconds
 ├── UnavailableError          503  loading, draining, or the engine is gone
@@ -63,6 +64,10 @@ class NotFoundError(RequestError):
     pass
 
 
+class RequestTimeoutError(RequestError):
+    pass
+
+
 class RequestTooLargeError(RequestError):
     pass
 
@@ -102,6 +107,7 @@ HTTP_ERRORS: tuple[tuple[type[HeadraceError], int, str, str | None], ...] = (
     (AuthenticationError, 401, "invalid_request_error", "invalid_api_key"),
     (ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
     (NotFoundError, 404, "invalid_request_error", "not_found"),
+    (RequestTimeoutError, 408, "invalid_request_error", "request_timeout"),
     (RequestTooLargeError, 413, "invalid_request_error", "request_too_large"),
     (InvalidRequestError, 400, "invalid_request_error", "invalid_value"),
     (RequestError, 400, "invalid_request_error", None),

@@ -36,6 +36,7 @@ from headrace.engine.client import ModelInfo, QueueLimits, RequestRecord
 from headrace.engine.process_client import ProcessEngineClient
 from headrace.engine.queue_board import QueueBoard
 from headrace.errors import ConfigError, HeadraceError
+from headrace.http_connection import HttpConnection
 from headrace.listening import listen, url_of
 from headrace.loading.checkpoint import open_checkpoint
 from headrace.loading.resolver import DEFAULT_MODEL, resolve_model
@@ -410,6 +411,7 @@ async def answering(service: Service, listener: socket.socket) -> AsyncIterator[
     server = _Server(
         uvicorn.Config(
             service.app,
+            http=HttpConnection,
             log_config=None,
             access_log=False,
             lifespan="off",

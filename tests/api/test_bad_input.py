@@ -269,6 +269,20 @@ async def test_a_body_of_100_mb(server: Any) -> None:
         assert (await client.post(CHAT, json={"messages": MESSAGES})).status_code == 200
 
 
+async def test_a_body_that_comes_too_slowly(server: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("headrace.api.body.BODY_SECONDS", 0.1)
+    monkeypatch.setattr("headrace.api.upload.PAUSE_SECONDS", 0.1)
+    sent = b'{"messages": '
+    for path in (CHAT, "/v1/embeddings", "/v1/messages"):
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head.encode() + sent)
+        async with asyncio.timeout(10):
+            answer = await reader.read()  # to the end: the connection is closed
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"within 0.1 s" in answer
+        writer.close()
+
+
 @pytest.mark.parametrize(
     "body",
     [

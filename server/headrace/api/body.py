@@ -5,6 +5,7 @@ Every way in which a body can be wrong becomes a RequestError that names the fie
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -15,10 +16,13 @@ from starlette.requests import ClientDisconnect
 from headrace.api.field_policy import check_extra_fields
 from headrace.api.services import services_of
 from headrace.api.streaming import ClientGoneError
-from headrace.errors import InvalidRequestError, RequestTooLargeError
+from headrace.errors import InvalidRequestError, RequestTimeoutError, RequestTooLargeError
 
 MAX_JSON_VALUES = 2**20
 """In one body: what is parsed on the event loop must not stop it for long."""
+
+BODY_SECONDS = 300.0
+"""From the first byte to the last. Streams of clients that send slowly hold a socket."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -32,7 +36,8 @@ async def receive(request: Request, kind: type[Model]) -> tuple[Model, list[str]
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises RequestTooLargeError as soon as it is known to exceed `limit` bytes,
-    InvalidRequestError for a content type other than JSON, and ClientGoneError if it never ends."""
+    InvalidRequestError for a content type other than JSON, RequestTimeoutError for one that takes
+    too long, and ClientGoneError if it never ends."""
     content_type = request.headers.get("content-type", "application/json")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
@@ -41,20 +46,31 @@ async def read_body(request: Request, limit: int) -> bytes:
             "'Content-Type: application/json'.",
             code="unsupported_content_type",
         )
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit:
+    if announced_bytes(request) > limit:
         raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise _too_large(limit)
-            chunks.append(chunk)
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise _too_large(limit)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise RequestTimeoutError(
+            f"The body did not end within {BODY_SECONDS:g} s; send it faster, or less of it."
+        ) from None
     except ClientDisconnect:
         raise ClientGoneError from None
     return b"".join(chunks)
+
+
+def announced_bytes(request: Request) -> int:
+    """Of the body, by its header; 0 where that says nothing."""
+    announced = request.headers.get("content-length", "")
+    is_number = announced.isascii() and announced.isdigit() and len(announced) < 20
+    return int(announced) if is_number else 0
 
 
 def parse_body(kind: type[Model], raw: bytes, *, strict_fields: bool) -> tuple[Model, list[str]]:

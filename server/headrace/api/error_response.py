@@ -15,6 +15,7 @@ from headrace.errors import (
     HeadraceError,
     OverloadedError,
     RequestError,
+    RequestTimeoutError,
     UnavailableError,
     error_body,
     http_status,
@@ -35,6 +36,8 @@ def error_response(
     else:
         response = json_response(error_body(error), http_status(error))
     response.headers.update(headers or {})
+    if isinstance(error, RequestTimeoutError):
+        response.headers["connection"] = "close"  # what else comes is no request
     if isinstance(error, OverloadedError | UnavailableError):
         response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     return response

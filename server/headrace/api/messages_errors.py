@@ -15,6 +15,7 @@ from headrace.errors import (
     NotFoundError,
     OverloadedError,
     RequestError,
+    RequestTimeoutError,
     RequestTooLargeError,
     UnavailableError,
 )
@@ -27,6 +28,7 @@ ERRORS: tuple[tuple[type[HeadraceError], int, str], ...] = (
     (AuthenticationError, 401, "authentication_error"),
     (ModelNotFoundError, 404, "not_found_error"),
     (NotFoundError, 404, "not_found_error"),
+    (RequestTimeoutError, 408, "timeout_error"),
     (RequestTooLargeError, 413, "request_too_large"),
     (RequestError, 400, "invalid_request_error"),
     (OverloadedError, 529, "overloaded_error"),

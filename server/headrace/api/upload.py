@@ -5,7 +5,8 @@ https://www.rfc-editor.org/rfc/rfc7578. No part of the body is held longer than 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,15 +17,17 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
+from headrace.api.body import announced_bytes
 from headrace.api.store import CHUNK_BYTES, ContentWriter
 from headrace.api.streaming import ClientGoneError
-from headrace.errors import InvalidRequestError, RequestTooLargeError
+from headrace.errors import InvalidRequestError, RequestTimeoutError, RequestTooLargeError
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 4096
+PAUSE_SECONDS = 60.0
 _FRAMING_BYTES = 64 * 1024
 """What the form may take beside the file."""
 
@@ -44,17 +47,17 @@ async def receive_upload(
     """Read the form to its end and commit the content of the part `file`.
 
     Raises InvalidRequestError for what is no such form, RequestTooLargeError with the message
-    `too_large` as soon as the file is known to exceed `limit` bytes, and ClientGoneError.
+    `too_large` as soon as the file is known to exceed `limit` bytes, RequestTimeoutError if nothing
+    comes for too long, and ClientGoneError.
     """
-    announced = request.headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limit + _FRAMING_BYTES:
+    if announced_bytes(request) > limit + _FRAMING_BYTES:
         raise RequestTooLargeError(too_large, param="file")
     form = _Form()
     parser = MultipartParser(_boundary(request), form.callbacks())
     async with AsyncExitStack() as stack:
         writer: ContentWriter | None = None
         try:
-            async for chunk in request.stream():
+            async for chunk in _paced(request.stream()):
                 parser.write(chunk)
                 if form.upload.size > limit:
                     raise RequestTooLargeError(too_large, param="file")
@@ -75,6 +78,22 @@ async def receive_upload(
             await writer.write(form.take())
             await writer.commit()
     return form.upload
+
+
+async def _paced(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The chunks, as long as they keep coming: a whole file may take any time. Raises
+    RequestTimeoutError."""
+    while True:
+        try:
+            async with asyncio.timeout(PAUSE_SECONDS):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise RequestTimeoutError(
+                f"Nothing of the file came for {PAUSE_SECONDS:g} s; upload it again.", param="file"
+            ) from None
+        if chunk is None:
+            return
+        yield chunk
 
 
 def _boundary(request: Request) -> bytes:
