@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BeforeValidator, Field
 
+MAX_TOOLS = 512
+
 FIRST_ERROR: Any = Field(fail_fast=True)
 """For arrays of typed values: the first wrong one ends it."""
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from headrace.api.bounds import FIRST_ERROR
+from headrace.api.bounds import FIRST_ERROR, MAX_TOOLS
 from headrace.api.field_policy import HARMLESS as HARMLESS_IN_CHAT
 from headrace.api.field_policy import Refused
-from headrace.api.protocol import MAX_MESSAGES, MAX_TOOLS, Int, Stop
+from headrace.api.protocol import MAX_MESSAGES, Int, Stop
 
 Blocks = list[dict[str, Any]]
 

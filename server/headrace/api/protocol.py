@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 from headrace.api.beam_search import BeamFields
-from headrace.api.bounds import FIRST_ERROR, at_most
+from headrace.api.bounds import FIRST_ERROR, MAX_TOOLS, at_most
 from headrace.api.reasoning import ReasoningFields
 from headrace.api.structured_output import StructuredFields
 from headrace.api.template_fields import TemplateFields
@@ -25,11 +25,11 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_TOKEN_BIASES = 4096  # each is added in each step
 MAX_ALLOWED_TOKEN_IDS = 2**18
 MAX_MESSAGES = 2**16
-MAX_TOOLS = 512
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORDS_CHARACTERS = 8192  # together: they are tokenized before anything else happens
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+AllowedTokenIds = Annotated[list[Int], FIRST_ERROR, Field(max_length=MAX_ALLOWED_TOKEN_IDS)]
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
@@ -133,9 +133,7 @@ class _GenerationBody(StructuredFields, BeamFields, _Body):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[Int], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     bad_words: BadWords = ()
-    allowed_token_ids: (
-        Annotated[list[Int], FIRST_ERROR, Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None
-    ) = None
+    allowed_token_ids: AllowedTokenIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Int | None = None
@@ -345,9 +343,7 @@ class DetokenizeRequest(_Body):
 
 
 _ROLES: tuple[str, ...] = ("system", "developer", "user", "assistant", "tool")
-_REFUSED_PARTS: dict[str, str] = {
-    "audio": "only text goes in and out; leave it out",
-}
+_REFUSED_PARTS: dict[str, str] = {"audio": "only text goes in and out; leave it out"}
 
 
 def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:

@@ -14,12 +14,11 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from headrace.api.body import invalid_body, parse_json, read_body
-from headrace.api.bounds import FIRST_ERROR
+from headrace.api.bounds import FIRST_ERROR, MAX_TOOLS
 from headrace.api.field_policy import HARMLESS, REFUSED, Refused, check_extra_fields
 from headrace.api.metadata import Metadata, check_metadata
 from headrace.api.protocol import (
     MAX_MESSAGES,
-    MAX_TOOLS,
     ChatCompletionRequest,
     Int,
     StreamOptions,
