@@ -1,4 +1,4 @@
-"""Any request to any route is answered, never with a 5xx, and nothing is logged as a bug."""
+"""Any request to any route is answered, never with a 5xx of ours, and none is logged as a bug."""
 
 from __future__ import annotations
 
