@@ -28,7 +28,9 @@ OTHER = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
 
 @pytest.fixture
 async def site(site_with: Any) -> Any:
-    return site_with(template=TEMPLATE)
+    made = site_with(template=TEMPLATE)
+    made.engine.max_model_len = 2048
+    return made
 
 
 @pytest.fixture

@@ -34,7 +34,9 @@ TOOLS: Any = [tool("f"), tool("g")]
 
 @pytest.fixture
 async def site(site_with: Any) -> Any:
-    return site_with(template=HERMES)
+    made = site_with(template=HERMES)
+    made.engine.max_model_len = 2048
+    return made
 
 
 @pytest.fixture
