@@ -57,6 +57,7 @@ _ERRORS = {
     "503": "Loading or shutting down; come back after Retry-After seconds.",
 }
 _ERRORS_WITH_BODY = {
+    "408": "The body did not arrive in time; the connection is closed.",
     "413": "The body is too large.",
     "429": "The queue is full; come back after Retry-After seconds.",
 }
