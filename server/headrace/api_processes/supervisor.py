@@ -245,7 +245,7 @@ class Supervisor:
             self._port,
             self._config,
             self._options,
-            replaces=self._all_started.done(),
+            replaces=self._is_up,
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already; its exit tells
@@ -262,7 +262,7 @@ class Supervisor:
                     self._set_started(None)
             case StartFailed():
                 kind = ConfigError if message.user_error else EngineError
-                if self._all_started.done() and self._all_started.exception() is None:
+                if self._is_up:
                     logger.error("API process %d cannot start: %s", sender.index, message.message)
                     sender.process.kill()
                 self._set_started(kind(message.message))
@@ -270,6 +270,12 @@ class Supervisor:
                 sender.drained = True
             case Scrape():
                 asyncio.get_running_loop().create_task(self._answer_scrape(sender))
+
+    @property
+    def _is_up(self) -> bool:
+        """Whether all processes have answered once; not so if the start failed or was given up."""
+        started = self._all_started
+        return started.done() and not started.cancelled() and started.exception() is None
 
     def _set_started(self, error: HeadraceError | None) -> None:
         if self._all_started.done():
@@ -325,7 +331,7 @@ class Supervisor:
             await asyncio.gather(*self._keepers, return_exceptions=True)
         await self.client.close()
         self._listener.close()
-        if self._all_started.done():
+        if self._all_started.done() and not self._all_started.cancelled():
             self._all_started.exception()  # told already, or of no interest any more
 
 
