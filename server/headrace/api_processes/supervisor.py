@@ -302,7 +302,8 @@ class Supervisor:
 
     def _engine_lost(self, error: HeadraceError) -> None:
         self._tell_all(EngineLost(error.message))
-        self._on_dead(error)
+        if self._is_up:  # else `start` raises it
+            self._on_dead(error)
 
     @property
     def num_live(self) -> int:
