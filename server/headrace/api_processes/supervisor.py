@@ -301,6 +301,8 @@ class Supervisor:
     # --- the end ----------------------------------------------------------------------------
 
     def _engine_lost(self, error: HeadraceError) -> None:
+        # First: API processes that start say it too, in a message without its kind.
+        self._set_started(error)
         self._tell_all(EngineLost(error.message))
         if self._is_up:  # else `start` raises it
             self._on_dead(error)
