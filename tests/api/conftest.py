@@ -37,6 +37,7 @@ from headrace.engine.client import (
     RequestRecord,
     StepOutputs,
     TokenLogprobs,
+    Workload,
 )
 from headrace.engine.live_requests import LiveRequests, LiveStream
 from headrace.errors import HeadraceError, UnavailableError
@@ -129,6 +130,10 @@ class FakeEngine:
     def eos(self) -> int:
         assert self.tokenizer.eos_id is not None
         return self.tokenizer.eos_id
+
+    @property
+    def workload(self) -> Workload:
+        return self.live.queue.workload
 
     async def start(self) -> None: ...
 

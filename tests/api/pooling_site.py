@@ -27,6 +27,7 @@ from headrace.engine.client import (
     RequestRecord,
     StepOutputs,
     Task,
+    Workload,
 )
 from headrace.engine.live_requests import LiveRequests, LiveStream
 from headrace.errors import HeadraceError
@@ -112,6 +113,10 @@ class PoolingEngine:
                 score_activation=self.activation,
             ),
         )
+
+    @property
+    def workload(self) -> Workload:
+        return self.live.queue.workload
 
     def submit(self, request: GenerateRequest) -> LiveStream:
         if self.refuse is not None:

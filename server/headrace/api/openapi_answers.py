@@ -311,6 +311,27 @@ class Ready(Struct):
     status: str
 
 
+class Load(Struct):
+    version: int
+    model: str
+    revision: str
+    digest: str
+    ready: bool
+    draining: bool
+    running: int
+    queued: int
+    queued_tokens: int
+    kv_used_blocks: int
+    kv_total_blocks: int
+    block_size: int
+    step_age_s: float
+    prefill_tokens_per_s: float
+    decode_step_s: float
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    max_num_seqs: int
+
+
 class Version(Struct):
     version: str
 
@@ -361,6 +382,7 @@ ANSWERS: dict[str, type[Struct]] = {
     "GET /livez": Alive,
     "GET /readyz": Ready,
     "GET /health": Ready,
+    "GET /load": Load,
     "GET /version": Version,
     "GET /server_info": ServerInfo,
     "POST /reset_prefix_cache": Reset,

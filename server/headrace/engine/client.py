@@ -184,6 +184,20 @@ class QueueLimits:
     max_queued_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What an engine has to do, of all API processes that share it, and how fast it does it."""
+
+    live: int
+    """Requests between their arrival and their end."""
+    queued_tokens: int
+    """Prompt tokens of those without a first token."""
+    prefill_tokens_per_s: float
+    """Of steps that compute prompts; 0.0 until there was one."""
+    decode_step_s: float
+    """Seconds of a step without prompts; 0.0 until there was one."""
+
+
 class EngineState(enum.StrEnum):
     LOADING = "loading"
     READY = "ready"
@@ -225,6 +239,9 @@ class EngineClient(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+    @property
+    def workload(self) -> Workload: ...
 
     @property
     def last_seen_age(self) -> float:

@@ -13,6 +13,7 @@ from headrace.engine.client import (
     ModelInfo,
     QueueLimits,
     RequestRecord,
+    Workload,
 )
 from headrace.engine.live_requests import LiveRequests, LiveStream
 from headrace.errors import EngineError, UnavailableError
@@ -46,6 +47,10 @@ class InProcessEngineClient:
         self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._last_seen = time.monotonic()
+
+    @property
+    def workload(self) -> Workload:
+        return self._live.queue.workload
 
     @property
     def last_seen_age(self) -> float:
@@ -98,6 +103,7 @@ class InProcessEngineClient:
                 outputs = engine.step()
                 self._last_seen = time.monotonic()
                 if outputs.stats is not None:
+                    self._live.queue.speed.observe(self.stats, outputs.stats)
                     self.stats = outputs.stats
                 self._live.deliver(outputs)
                 await asyncio.sleep(0)  # lets readers take what was delivered

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from headrace.engine.admission import AdmissionQueue
 from headrace.engine.client import (
     FinishReason,
     ModelInfo,
@@ -28,7 +29,6 @@ from headrace.errors import (
     EngineError,
     HeadraceError,
     InvalidRequestError,
-    OverloadedError,
 )
 from headrace.sampling_params import GenerateRequest
 
@@ -190,8 +190,7 @@ class LiveRequests:
         board: QueueBoard | None = None,
     ) -> None:
         """`board`: shared with others whose requests wait for the same engine."""
-        self._limits = limits
-        self._board = board
+        self.queue = AdmissionQueue(limits, board)
         self._on_abort = on_abort
         self._on_end = on_end
         self._by_handle: dict[int, LiveStream] = {}
@@ -199,10 +198,6 @@ class LiveRequests:
         self._next_handle = itertools.count(1)
         self._aborted: dict[str, LiveStream] = {}
         """Those whose readers have left, until the engine's record comes."""
-        self._queued: dict[str, int] = {}
-        """request id -> prompt tokens, of those that wait for their first token."""
-        self._queued_tokens = 0
-        self._prefill_rate = 0.0  # tokens per second, moving average
         self._with_news: list[LiveStream] = []
 
     def __len__(self) -> int:
@@ -215,7 +210,7 @@ class LiveRequests:
             raise InvalidRequestError(
                 f"A request with id {request.request_id!r} is running already.", param="request_id"
             )
-        self._enter_queue(request)
+        self.queue.enter(request)
         if request.sampling.seed is None:
             # Fixed here, so that a replay on a restarted engine repeats the same tokens.
             sampling = dataclasses.replace(request.sampling, seed=secrets.randbits(62))
@@ -224,7 +219,7 @@ class LiveRequests:
         stream = LiveStream(request, self._abort, self._announce)
         self._by_handle[handle] = stream
         self._handle_of[request.request_id] = handle
-        self._publish()
+        self.queue.count_live(len(self._by_handle))
         return handle, stream
 
     def deliver(self, outputs: StepOutputs) -> None:
@@ -237,7 +232,7 @@ class LiveRequests:
         for output in outputs.details:
             stream = by_handle.get(self._handle_of.get(output.request_id, 0))
             if stream is not None:
-                self._leave_queue(output.request_id)
+                self.queue.leave(output.request_id)
                 stream.push(output)
                 if stream.done:
                     self._forget(stream)
@@ -265,7 +260,7 @@ class LiveRequests:
         self._close_aborted()
         for handle, stream in list(self._by_handle.items()):
             # Whether a vector was being computed is not known.
-            if stream.request_id not in self._queued or stream.request.pooling is not None:
+            if stream.request_id not in self.queue or stream.request.pooling is not None:
                 stream.deaths += 1
             if stream.deaths >= MAX_DEATHS:
                 self._lose(
@@ -310,54 +305,8 @@ class LiveRequests:
         handle = self._handle_of.pop(stream.request_id, None)
         if handle is not None:
             del self._by_handle[handle]
-            self._publish()
-        self._leave_queue(stream.request_id)
-
-    def _enter_queue(self, request: GenerateRequest) -> None:
-        """Raises OverloadedError when the queue is full."""
-        # Told before it is checked: of two processes that take the last place at once, at least one
-        # sees the other.
-        self._queued[request.request_id] = len(request.prompt_token_ids)
-        self._queued_tokens += len(request.prompt_token_ids)
-        self._publish()
-        try:
-            self._check_queue(len(request.prompt_token_ids))
-        except OverloadedError:
-            self._leave_queue(request.request_id)
-            raise
-
-    def _leave_queue(self, request_id: str) -> None:
-        num_tokens = self._queued.pop(request_id, None)
-        if num_tokens is not None:
-            self._queued_tokens -= num_tokens
-            self._publish()
-
-    def _publish(self) -> None:
-        if self._board is not None:
-            self._board.publish(len(self._queued), self._queued_tokens, len(self._by_handle))
-
-    def observe_prefill_rate(self, tokens_per_second: float) -> None:
-        """The speed at which queued prompts are worked off; feeds Retry-After."""
-        self._prefill_rate += 0.1 * (tokens_per_second - self._prefill_rate)
-
-    def _check_queue(self, num_prompt_tokens: int) -> None:
-        """Whether there was room for the request that has just entered."""
-        limits = self._limits
-        num_queued, queued_tokens = len(self._queued) - 1, self._queued_tokens - num_prompt_tokens
-        if self._board is not None:
-            elsewhere, tokens_elsewhere = self._board.others()
-            num_queued, queued_tokens = num_queued + elsewhere, queued_tokens + tokens_elsewhere
-        if num_queued >= limits.max_queued_requests:
-            what = f"{num_queued} requests are waiting (limit {limits.max_queued_requests})"
-        elif num_queued and queued_tokens + num_prompt_tokens > limits.max_queued_tokens:
-            what = f"{queued_tokens} prompt tokens are waiting (limit {limits.max_queued_tokens})"
-        else:
-            return
-        wait = queued_tokens / self._prefill_rate if self._prefill_rate > 0 else 1.0
-        raise OverloadedError(
-            f"The server is overloaded: {what}. Retry later.",
-            retry_after=min(max(wait, 1.0), 60.0),
-        )
+            self.queue.count_live(len(self._by_handle))
+        self.queue.leave(stream.request_id)
 
 
 def _own_record(stream: LiveStream, reason: FinishReason) -> RequestRecord:

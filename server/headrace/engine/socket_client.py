@@ -18,6 +18,7 @@ from headrace.engine.client import (
     ModelInfo,
     QueueLimits,
     RequestRecord,
+    Workload,
 )
 from headrace.engine.live_requests import LiveRequests, LiveStream
 from headrace.engine.queue_board import QueueBoard
@@ -77,6 +78,10 @@ class SocketEngineClient:
         self._told_spelling = False
 
     # --- EngineClient -----------------------------------------------------------------------
+
+    @property
+    def workload(self) -> Workload:
+        return self._live.queue.workload
 
     @property
     def last_seen_age(self) -> float:
@@ -163,10 +168,7 @@ class SocketEngineClient:
         self._send(Submit(request, handle))
 
     def _observe(self, stats: EngineStats) -> None:
-        if stats.steps > self.stats.steps and stats.step_tokens > 0:
-            elapsed = stats.last_step_time - self.stats.last_step_time
-            if 0 < elapsed < 10:
-                self._live.observe_prefill_rate(stats.step_tokens / elapsed)
+        self._live.queue.speed.observe(self.stats, stats)
         self.stats = stats
         self._on_stats(stats)
 
