@@ -68,14 +68,23 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
 class Running:
     """A request that the engine works on."""
 
-    __slots__ = ("answer", "handle", "length", "made", "request", "scheduled", "to_prefill")
+    __slots__ = (
+        "answer",
+        "first",
+        "handle",
+        "length",
+        "made",
+        "request",
+        "scheduled",
+        "to_prefill",
+    )
 
     def __init__(self, request: GenerateRequest, handle: int, script: Script) -> None:
         sampling, room = request.sampling, script.max_model_len - len(request.prompt_token_ids)
         self.request, self.handle = request, handle
         self.answer = script.answers.get(sampling.seed or 0, script.answers[-1])
         self.length = min(sampling.max_tokens or room, room)
-        self.made = len(request.resume_token_ids)
+        self.made = self.first = len(request.resume_token_ids)
         self.to_prefill = len(request.prompt_token_ids) + self.made
         self.scheduled = 0.0
 
@@ -154,7 +163,7 @@ class ScriptedEngine:
             self._end(row, FinishReason.STOP, token_id)
         elif made + 1 >= row.length:
             self._end(row, FinishReason.LENGTH, token_id)
-        elif made == 0 or sampling.logprobs is not None:
+        elif made == row.first or sampling.logprobs is not None:
             outputs.details.append(self._output(row, token_id))
         else:
             outputs.handles.append(row.handle)
@@ -174,7 +183,7 @@ class ScriptedEngine:
                 records.write(msgspec.json.encode(record) + b"\n")
 
     def _output(self, row: Running, token_id: int | None) -> RequestOutput:
-        request, first = row.request, row.made == 0 and token_id is not None
+        request, first = row.request, row.made == row.first and token_id is not None
         now = time.monotonic() if first else 0.0
         if first:
             self._first_token_times[request.request_id] = now

@@ -168,7 +168,7 @@ class GenerateRequest:
     """Nothing is generated: the request ends with a vector."""
     thinking: ThinkingBudget | None = None
     resume_token_ids: list[int] = field(default_factory=list)
-    """Output tokens already delivered, when a request is replayed on a restarted engine."""
+    """Output tokens already delivered: by an engine that died, or by another server."""
 
 
 def _in_range(

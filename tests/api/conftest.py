@@ -174,6 +174,7 @@ class FakeEngine:
         handle, stream, script = self._running[request_id]
         sampling = stream.request.sampling
         made = len(stream.received)
+        first = self._is_first(stream)
         if self.lose_after is not None and made >= self.lose_after:
             self._running.clear()
             self.live.fail_all(UnavailableError("The engine is gone."))
@@ -192,10 +193,14 @@ class FakeEngine:
             self._end(stream, [token], FinishReason.STOP, stop_token_id=token)
         elif made + 1 == (sampling.max_tokens or self._room(stream)):
             self._end(stream, [token], FinishReason.LENGTH)
-        elif made == 0 or sampling.logprobs is not None:
+        elif first or sampling.logprobs is not None:
             self._deliver(self._output(stream, [token]))
         else:
             self.live.deliver(StepOutputs([handle], [token], []))
+
+    def _is_first(self, stream: LiveStream) -> bool:
+        """Whether it has no token yet but those it came with."""
+        return len(stream.received) == len(stream.request.resume_token_ids)
 
     def _room(self, stream: LiveStream) -> int:
         return self.max_model_len - len(stream.request.prompt_token_ids)
@@ -229,7 +234,7 @@ class FakeEngine:
         if sampling.prompt_logprobs is not None and not stream.received:
             top = sampling.prompt_logprobs
             more["prompt_logprobs"] = [None, *(self._logprobs(token, top) for token in prompt[1:])]
-        if not stream.received:
+        if self._is_first(stream):
             more["cached_tokens"] = min(4, len(prompt))
             more["scheduled_time"] = stream.request.arrival_time + 0.001
             more["first_token_time"] = stream.request.arrival_time + 0.003

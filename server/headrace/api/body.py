@@ -13,7 +13,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from headrace.api.field_policy import check_extra_fields
+from headrace.api.field_policy import HARMLESS, check_extra_fields
+from headrace.api.resume import FIELD, is_journaled
 from headrace.api.services import services_of
 from headrace.api.streaming import ClientGoneError
 from headrace.errors import InvalidRequestError, RequestTimeoutError, RequestTooLargeError
@@ -31,7 +32,8 @@ async def receive(request: Request, kind: type[Model]) -> tuple[Model, list[str]
     """Read and check a body: see read_body and parse_body."""
     config = services_of(request).config
     raw = await read_body(request, config.max_body_bytes)
-    return parse_body(kind, raw, strict_fields=config.strict_fields)
+    doors_own = (FIELD,) if is_journaled(request.headers) else ()
+    return parse_body(kind, raw, strict_fields=config.strict_fields, more=doors_own)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -73,9 +75,11 @@ def announced_bytes(request: Request) -> int:
     return int(announced) if is_number else 0
 
 
-def parse_body(kind: type[Model], raw: bytes, *, strict_fields: bool) -> tuple[Model, list[str]]:
+def parse_body(
+    kind: type[Model], raw: bytes, *, strict_fields: bool, more: Sequence[str] = ()
+) -> tuple[Model, list[str]]:
     """The typed body and the names of its unknown fields. Takes at most about a second, whatever
-    the bytes are.
+    the bytes are. `more`: fields that no model holds and somebody else reads.
 
     Raises InvalidRequestError or UnsupportedParameterError for the first thing that is wrong.
     """
@@ -84,6 +88,7 @@ def parse_body(kind: type[Model], raw: bytes, *, strict_fields: bool) -> tuple[M
         body.model_extra,
         strict=strict_fields or bool(getattr(body, "strict_fields", None)),
         known=kind.model_fields,
+        harmless=HARMLESS if not more else {**HARMLESS, **dict.fromkeys(more, "")},
     )
     return body, ignored
 

@@ -165,6 +165,7 @@ async def create_chat_completion(request: Request) -> Response:
         model=turn.model,
         tokenizer=turn.text.tokenizer,
         ignored_fields=ignored,
+        journal=turn.context.journal,
     )
     return await reply.send(request, turn.generation)
 

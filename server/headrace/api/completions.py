@@ -62,6 +62,7 @@ async def create_completion(request: Request) -> Response:
         model=model,
         tokenizer=text.tokenizer,
         ignored_fields=ignored,
+        journal=context.journal,
     )
     return await reply.send(request, generation)
 

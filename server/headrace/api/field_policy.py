@@ -56,6 +56,7 @@ REFUSED: dict[str, Refused] = {
     "chat_template": Refused("The prompt is taken as it is; leave it out."),
     "documents": Refused("Put them into the prompt.", ([],)),
     "ec_transfer_params": Refused(_OMIT),
+    "headrace_resume": Refused("A door sends it, with the header headrace-journal; leave it out."),
     "kv_transfer_params": Refused(_OMIT),
     "logprob_token_ids": Refused("Use top_logprobs, or logprobs of /v1/completions.", ([],)),
     "logits_processors": Refused("Use logit_bias and the penalties.", ([],)),

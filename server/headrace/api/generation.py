@@ -6,7 +6,6 @@ Owns the requests it submits: whatever happens to the HTTP side, they end with i
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import secrets
 import time
@@ -19,6 +18,7 @@ from fastapi import Request
 from headrace.api.ledger import RequestLedger
 from headrace.api.model_table import ServedModel
 from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
+from headrace.api.resume import Journal, Sent, no_journal
 from headrace.api.services import services_of
 from headrace.api.structured_output import OutputGrammar
 from headrace.engine.client import (
@@ -43,7 +43,6 @@ from headrace.text.output_text import OutputText
 from headrace.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256  # prompts x n in one HTTP request
-SEED_BITS = 53  # a drawn seed survives JSON in every language
 IN_EFFECT = (
     "temperature",
     "top_p",
@@ -112,6 +111,8 @@ class RequestContext:
     priority: int = 0
     cache_salt: str = ""
     trace_context: str = ""
+    journal: Journal | None = None
+    """For a stream whose tokens a door keeps; None: none does."""
 
     @classmethod
     def of(
@@ -127,6 +128,7 @@ class RequestContext:
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
             trace_context=trace_context if len(trace_context) <= 128 else "",
+            journal=Journal.of(request.headers, body.model_extra) if body.stream else None,
         )
 
 
@@ -137,12 +139,13 @@ class Choice:
         self,
         index: int,
         request: GenerateRequest,
-        stream: RequestStream,
+        stream: RequestStream | None,
         tokenizer: Tokenizer,
         ledger: RequestLedger,
         shown: frozenset[int] = frozenset(),
         grammar_param: str | None = None,
     ) -> None:
+        """`stream`: None where all of it was sent before."""
         self._grammar_param = grammar_param
         self.index = index
         self.prompt_token_ids = request.prompt_token_ids
@@ -157,7 +160,12 @@ class Choice:
         self._request_id = request.request_id
         self._stream = stream
         self._ledger = ledger
-        self._meter = ledger.open(request.request_id, request.arrival_time)
+        if stream is not None:
+            self._meter = ledger.open(
+                request.request_id,
+                request.arrival_time,
+                resumed_tokens=len(request.resume_token_ids),
+            )
         sampling = request.sampling
         self._text = OutputText(
             tokenizer,
@@ -176,6 +184,8 @@ class Choice:
     async def run(self, emit: Callable[[Choice, list[TextDelta]], None]) -> None:
         """Read to the end, handing over the deltas of each output. Raises EngineError and its
         siblings if there is no regular end."""
+        if self._stream is None:
+            return
 
         def on_output(output: RequestOutput) -> None:
             emit(self, self.take(output))
@@ -196,7 +206,7 @@ class Choice:
         if output.cached_tokens is not None:
             self.cached_tokens = output.cached_tokens
             # After a restart of the engine there is another first output.
-            if not self.completion_tokens:
+            if not self._times[1]:
                 self._times = (output.scheduled_time, output.first_token_time)
         self._meter.tokens(len(output.token_ids))
         ending = output.finish_reason
@@ -224,6 +234,17 @@ class Choice:
             deltas[-1] = deltas[-1]._replace(finish_reason=self.finish_reason)
         return deltas
 
+    def resume(self, sent: Sent) -> list[TextDelta]:
+        """The deltas of what was sent before, by another server. Raises InvalidRequestError for
+        tokens behind the end."""
+        texts = self._text.push_output(sent.token_ids, ends=False)
+        if sent.finish_reason is None and self._text.stopped is not None:
+            raise no_journal(f"choice {self.index} has ended")
+        self.completion_tokens = len(texts)
+        self.finish_reason = sent.finish_reason
+        pairs = zip(sent.token_ids, texts, strict=False)
+        return [TextDelta(token_id, text, None, None) for token_id, text in pairs]
+
     def _timing(self, record: RequestRecord | None) -> Timing:
         scheduled, first = self._times
         end = time.monotonic() if record is None else record.finished_time
@@ -236,6 +257,8 @@ class Choice:
 
     def close(self) -> None:
         """End the request, if it still runs. Idempotent."""
+        if self._stream is None:
+            return
         self._stream.abort()
         self._ledger.leave(self._request_id, stopped_by_text=self._text.stopped is not None)
 
@@ -251,12 +274,23 @@ class Generation:
         self._room = info.max_model_len - max(map(len, prompts))
         self._prompt_tokens = sum(map(len, prompts))
         self._n = sampling.n
+        self.cached_tokens: int | None = None
+        """Those that were told before, by another server."""
+
+    @property
+    def max_tokens(self) -> int:
+        return min(self._sampling.max_tokens or self._room, self._room)
+
+    @property
+    def seed(self) -> int:
+        assert self._sampling.seed is not None, "start() has drawn one"
+        return self._sampling.seed
 
     def sampling_in_effect(self) -> dict[str, Any]:
         """The parameters that choose tokens, with what the request left open: sent again, they
         give the same output. Of several prompts the longest one limits max_tokens."""
         values = {name: getattr(self._sampling, name) for name in IN_EFFECT}
-        values["max_tokens"] = min(self._sampling.max_tokens or self._room, self._room)
+        values["max_tokens"] = self.max_tokens
         return values
 
     @property
@@ -264,10 +298,13 @@ class Generation:
         """A prompt counts once for its n choices, and so does what was cached of it."""
         cached = [choice.cached_tokens for choice in self.choices[:: self._n]]
         known = [tokens for tokens in cached if tokens is not None]
+        cached_tokens = self.cached_tokens
+        if cached_tokens is None and len(known) == len(cached):
+            cached_tokens = sum(known)
         return Usage(
             self._prompt_tokens,
             sum(choice.completion_tokens for choice in self.choices),
-            sum(known) if len(known) == len(cached) else None,
+            cached_tokens,
             timing=self._timing(),
         )
 
@@ -317,9 +354,15 @@ def start(
     """
     text, info = model.loaded()
     check_choices(len(prompts), sampling.n)
-    if sampling.seed is None:  # drawn here, so that the response can tell it
-        sampling = dataclasses.replace(sampling, seed=secrets.randbits(SEED_BITS))
+    journal = context.journal or Journal()
+    sampling = journal.seeded(sampling)
     generation = Generation(prompts, sampling, info)
+    journal.check(
+        num_choices=len(prompts) * sampling.n,
+        vocab_size=info.vocab_size,
+        max_tokens=generation.max_tokens,
+        fingerprint=model.fingerprint,
+    )
     banned = text.tokenizer.spellings(sampling.bad_words)
     arrival = time.monotonic()
     several = len(prompts) * sampling.n > 1
@@ -330,7 +373,7 @@ def start(
                 request = GenerateRequest(
                     request_id=f"{context.response_id}-{index}" if several else context.response_id,
                     prompt_token_ids=prompt,
-                    sampling=sampling.choice(repeat),
+                    sampling=journal.of_choice(sampling.choice(repeat), index),
                     arrival_time=arrival,
                     priority=context.priority,
                     cache_salt=context.cache_salt,
@@ -339,8 +382,9 @@ def start(
                     trace_context=context.trace_context,
                     grammar="" if grammar is None else grammar.text,
                     thinking=thinking,
+                    resume_token_ids=journal.token_ids(index),
                 )
-                stream = model.client.submit(request)
+                stream = None if journal.has_ended(index) else model.client.submit(request)
                 choice = Choice(
                     index,
                     request,

@@ -38,6 +38,7 @@ class _Account:
     record: RequestRecord | None = None
     reading: bool = True
     stopped_by_text: bool = False
+    resumed_tokens: int = 0
 
 
 class RequestLedger:
@@ -51,8 +52,11 @@ class RequestLedger:
         """Requests that are running, or whose record is still to come."""
         return len(self._accounts)
 
-    def open(self, request_id: str, arrival_time: float) -> RequestMeter:
-        self._accounts[request_id] = _Account()
+    def open(
+        self, request_id: str, arrival_time: float, *, resumed_tokens: int = 0
+    ) -> RequestMeter:
+        """`resumed_tokens`: those of the output that another server has made, and accounted for."""
+        self._accounts[request_id] = _Account(resumed_tokens=resumed_tokens)
         return self._metrics.track(request_id, arrival_time)
 
     def leave(self, request_id: str, *, stopped_by_text: bool = False) -> None:
@@ -78,4 +82,7 @@ class RequestLedger:
         del self._accounts[request_id]
         if account.stopped_by_text and record.finish_reason is FinishReason.ABORT:
             record = dataclasses.replace(record, finish_reason=FinishReason.STOP)
+        if account.resumed_tokens:
+            made = max(record.output_tokens - account.resumed_tokens, 0)
+            record = dataclasses.replace(record, output_tokens=made)
         self._metrics.observe_request(record)

@@ -16,6 +16,7 @@ from fastapi import Request, Response
 from headrace.api.generation import Choice, Generation, TextDelta, Timing, Usage
 from headrace.api.model_table import ServedModel
 from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
+from headrace.api.resume import HEADER, VERSION, Head, Journal, line, token_line, usage_line
 from headrace.api.services import services_of
 from headrace.api.streaming import DONE, EventStream, Outbox, unless_disconnected
 from headrace.text.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class Reply(ABC):
         model: ServedModel,
         tokenizer: Tokenizer,
         ignored_fields: list[str],
+        journal: Journal | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._stream = bool(body.stream)
@@ -49,10 +51,12 @@ class Reply(ABC):
         self._tokens_as_ids = bool(body.return_tokens_as_token_ids)
         self._has_logprobs = body.logprobs is not None and body.logprobs is not False
         self._ignored_fields = ignored_fields
-        self._envelope = {
-            "id": response_id,
+        self._journal = journal
+        head = journal.head if journal else None
+        self._envelope: dict[str, Any] = {
+            "id": head.id if head else response_id,
             "object": self.chunk_object if self._stream else self.answer_object,
-            "created": int(time.time()),
+            "created": head.created if head else int(time.time()),
             "model": body.model or model.name,
             "system_fingerprint": model.fingerprint,
         }
@@ -88,12 +92,16 @@ class Reply(ABC):
             return Response(_encode(answer), headers=headers, media_type="application/json")
 
         async def produce(outbox: Outbox) -> None:
-            events = _Events(self, generation)
+            events = _Events(self, generation, journal)
+            events.resume()
             await generation.run(lambda choice, deltas: outbox.put(events.of(choice, deltas)))
-            if self._final_usage:
+            if self._final_usage and not events.usage_is_told:
                 outbox.put(events.usage())
             outbox.put(DONE)
 
+        journal = self._journal
+        if journal is not None:
+            headers[HEADER] = VERSION
         limit = services_of(request).config.max_unsent_bytes
         return EventStream(produce, max_unsent=limit, headers=headers)
 
@@ -117,6 +125,16 @@ class Reply(ABC):
             chunk["usage"] = None
         return chunk
 
+    def head(self, generation: Generation) -> Head:
+        """What a stream that goes on elsewhere must not change."""
+        return Head(
+            id=self._envelope["id"],
+            created=self._envelope["created"],
+            seed=generation.seed,
+            fingerprint=self._envelope["system_fingerprint"],
+            cached_tokens=generation.usage.cached_tokens,
+        )
+
     @property
     def differs_in_text_only(self) -> bool:
         """Whether a choice's events, but for the first and the last, have only their text."""
@@ -125,17 +143,52 @@ class Reply(ABC):
 
 class _Events:
     """The events of one stream: one per token, the first with the role, the last with the
-    finish_reason. Nearly all differ in their text only: the JSON around it is made once."""
+    finish_reason. Nearly all differ in their text only: the JSON around it is made once.
 
-    def __init__(self, reply: Reply, generation: Generation) -> None:
+    With a journal each says which token it stands for."""
+
+    def __init__(self, reply: Reply, generation: Generation, journal: Journal | None) -> None:
         self._reply = reply
         self._generation = generation
+        self._journal = journal
         self._begun: set[int] = set()
         self._around_text: dict[tuple[int, str | None], list[bytes]] = {}
         self._extras_are_due = True
+        self._head_is_due = journal is not None and not journal.sent
+
+    def resume(self) -> None:
+        """Take up what another server has sent: the next events are those that follow."""
+        if self._journal is None or not self._journal.sent:
+            return
+        self._extras_are_due = False
+        head = self._journal.head
+        self._generation.cached_tokens = head.cached_tokens if head else None
+        try:
+            for choice in self._generation.choices:
+                sent = self._journal.sent.get(choice.index)
+                if sent is not None:
+                    self._pass_over(choice, choice.resume(sent))
+        except BaseException:
+            self._generation.close()
+            raise
+
+    def _pass_over(self, choice: Choice, deltas: list[TextDelta]) -> None:
+        """All that an event leaves behind for those after it."""
+        for delta in deltas:
+            delta = self._reply.read(choice, delta)
+            if delta.kind is None or not self._reply.differs_in_text_only:
+                self._reply.chunk_choice(choice, delta, first=choice.index not in self._begun)
+            self._begun.add(choice.index)
+        self._begun.add(choice.index)  # perhaps without a token
+
+    @property
+    def usage_is_told(self) -> bool:
+        journal = self._journal
+        return journal is not None and len(self._generation.choices) in journal.sent
 
     def of(self, choice: Choice, deltas: list[TextDelta]) -> bytes:
         parts: list[bytes] = []
+        journaled = self._journal is not None
         for delta in deltas:
             delta = self._reply.read(choice, delta)
             if delta.finish_reason is None:
@@ -143,6 +196,9 @@ class _Events:
                 if around is None:
                     around = self._around(choice, delta.kind)
                 if around:
+                    if journaled:
+                        assert delta.token_id is not None, "only beginnings and ends have none"
+                        parts.append(token_line(choice.index, delta.token_id))
                     parts.append(_encode(delta.text).join(around))
                     continue
             first = choice.index not in self._begun
@@ -162,9 +218,19 @@ class _Events:
     def usage(self) -> bytes:
         chunk = self._reply.chunk([], self._generation)
         chunk["usage"] = usage_object(self._reply.usage(self._generation))
-        return _event(chunk)
+        if self._journal is None:
+            return _event(chunk)
+        return usage_line(len(self._generation.choices)) + _event(chunk)
 
     def _event(self, choice: Choice, delta: TextDelta, *, first: bool) -> bytes:
+        event = self._plain_event(choice, delta, first=first)
+        if self._journal is None:
+            return event
+        head = self._reply.head(self._generation) if self._head_is_due else None
+        self._head_is_due = False
+        return line(choice.index, delta.token_id, delta.finish_reason, head) + event
+
+    def _plain_event(self, choice: Choice, delta: TextDelta, *, first: bool) -> bytes:
         content = self._reply.chunk_choice(choice, delta, first=first)
         chunk = self._reply.chunk([content], self._generation)
         if self._extras_are_due:
@@ -179,7 +245,7 @@ class _Events:
         around: list[bytes] = []
         if self._reply.differs_in_text_only:
             mark = TextDelta(0, _TEXT_GOES_HERE, None, None, kind)
-            sample = self._event(choice, mark, first=False)
+            sample = self._plain_event(choice, mark, first=False)
             around = sample.split(_encode(_TEXT_GOES_HERE))
         self._around_text[choice.index, kind] = around
         return around

@@ -49,7 +49,7 @@ class LiveStream:
         `hand_over`, and is not told again before that."""
         self.request_id = request.request_id
         self.request = request
-        self.received: list[int] = []
+        self.received = list(request.resume_token_ids)
         """All output tokens so far: what a replay starts from."""
         self.deaths = 0
         self.first_token_time = 0.0
@@ -145,7 +145,7 @@ class LiveStream:
             self._tell()
 
     def push(self, output: RequestOutput) -> None:
-        if output.token_ids and not self.received:
+        if output.token_ids and not self.first_token_time:
             self.first_token_time = time.monotonic()
         self.received.extend(output.token_ids)
         self._tokens.extend(output.token_ids)
