@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-ray test test-full lint types format api-docs clean
+.PHONY: help setup serve serve-ray test test-full lint types format api-docs monitoring clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -41,6 +41,7 @@ help:
 	@echo 'make setup        only the environment (.venv) and the default model'
 	@echo 'make lint | types | format                        one check alone | rewrite the sources'
 	@echo 'make api-docs     write the tables of docs/api.md'
+	@echo 'make monitoring   write the dashboard, alerts and Datadog configuration in deploy/'
 	@echo 'make clean        remove build outputs and caches (.venv stays)'
 
 # ---- set-up ------------------------------------------------------------------------------------
@@ -153,6 +154,9 @@ format: $(VENV)/.dev
 
 api-docs: $(VENV)/.dev
 	@PYTHONPATH=server:kernels $(BIN)/python tests/api/test_api_docs.py
+
+monitoring: $(VENV)/.runtime
+	@PYTHONPATH=server:kernels $(BIN)/python -m headrace.monitoring.files deploy
 
 # The tests run whatever lint and types say; any failure fails the target.
 test: $(VENV)/.dev $(VENV)/.node

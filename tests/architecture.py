@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api_processes": VALUES | {"api", "serve", "listening", "engine.channel"} | CLIENT_SIDE,
     "deploy": VALUES | {"api", "serve", "listening"},
     "route": VALUES | {"listening", "http_connection"},
+    "monitoring": {"observability"},
     "bench": {"errors", "config"},
     "chat": {"errors", "config", "bench.http_client"},
     "cli_reports": {"errors", "config", "engine", "loading", "serve", "headrace_kernels"},

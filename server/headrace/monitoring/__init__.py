@@ -1,0 +1,1 @@
+"""Dashboard, alerts and Datadog configuration, made from the tables of metric names."""
