@@ -6,6 +6,10 @@ import numpy as np
 
 from headrace.engine.request import LongArray, RunningRequests
 
+MIN_JUMP = 2
+"""Tokens. A step that appends some is not recorded: for one alone, which is left to its mask, that
+costs more than it saves. The same for every batch: tokens must not depend on it."""
+
 
 def start_masks(running: RunningRequests, rows: LongArray) -> None:
     """Have the masks found of those of `rows`, about to get their next tokens, with a grammar."""
@@ -44,9 +48,8 @@ def follow_grammars(
         if not stopped[index]:
             constraint.accept(output[-1:])
             if may_jump(running, row):
-                forced = constraint.force(
-                    int(running.max_total_tokens[row] - running.num_tokens[row])
-                )
+                room = int(running.max_total_tokens[row] - running.num_tokens[row])
+                forced = constraint.force(room, at_least=MIN_JUMP)
                 append(running, row, forced)
                 output += forced
             stopped[index] = constraint.ended

@@ -53,13 +53,15 @@ class Constraint:
         if not self.error and not self.matcher.consume_tokens(list(token_ids)):
             self.note_error()
 
-    def force(self, limit: int) -> list[int]:
-        """Go on behind the tokens, `limit` at most, that must come next; returns them."""
+    def force(self, limit: int, *, at_least: int = 1) -> list[int]:
+        """Go on behind the tokens, `limit` at most, that must come next; returns them. If they are
+        fewer than `at_least`, nothing is done."""
         if self.error or limit <= 0:
             return []
         forced = self.matcher.compute_ff_tokens()[:limit]
-        if forced:
-            self.accept(forced)
+        if len(forced) < at_least:
+            return []
+        self.accept(forced)
         return [] if self.error else forced
 
     def note_error(self) -> None:
