@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Load:
     tokens: int = 256
     requests: int = 512
     connections: int = 256
+    headers: str = ""
 
 
 def loads() -> list[Load]:
@@ -80,6 +82,7 @@ def loads() -> list[Load]:
     short: dict[str, Any] = {"server": "unpaced", "tokens": 1, "requests": 512, "connections": 16}
     return [
         Load("chat stream", CHAT, chat),
+        Load("chat stream, journaled", CHAT, chat, headers="headrace-journal: 1\r\n"),
         Load("completions stream", COMPLETIONS, text),
         Load("chat stream, logprobs of 5", CHAT, {**chat, **top}),
         Load("chat stream, tools read", CHAT, {**chat, **tools}),
@@ -108,7 +111,9 @@ def asks(load: Load, seed: int) -> list[Ask]:
     for _ in range(load.requests):
         tokens = load.tokens + rng.randint(-spread, spread)
         body = json.dumps({**load.body, "max_tokens": tokens}).encode()
-        made.append(Ask.of(load.path, body, tokens, streamed=load.body["stream"]))
+        made.append(
+            Ask.of(load.path, body, tokens, streamed=load.body["stream"], headers=load.headers)
+        )
     return made
 
 
@@ -248,7 +253,7 @@ def record(args: argparse.Namespace, results: Sequence[Measured]) -> dict[str, A
 
 
 def measure(args: argparse.Namespace, trees: dict[str, Path], scratch: Path) -> list[Measured]:
-    chosen = [load for load in loads() if not args.only or args.only in load.name]
+    chosen = [load for load in loads() if re.search(args.only, load.name)]
     results = {
         (load.name, label): Measured(load.name, label, load.tokens)
         for load in chosen
@@ -282,7 +287,7 @@ def measure(args: argparse.Namespace, trees: dict[str, Path], scratch: Path) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="loads with this in their name")
+    parser.add_argument("--only", default="", help="loads in whose name this regex is found")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--api-core", type=int, default=0)
     parser.add_argument("--client-core", type=int, default=1)

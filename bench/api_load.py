@@ -32,10 +32,11 @@ class Ask:
     streamed: bool
 
     @classmethod
-    def of(cls, path: str, body: bytes, tokens: int, *, streamed: bool) -> Ask:
+    def of(cls, path: str, body: bytes, tokens: int, *, streamed: bool, headers: str = "") -> Ask:
+        """`headers`: further lines, each with its end."""
         head = (
             f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
+            f"{headers}Content-Length: {len(body)}\r\n\r\n"
         )
         return cls(head.encode() + body, tokens, streamed)
 

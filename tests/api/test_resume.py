@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +18,13 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.api.journal import MARK, Kept
 
 from headrace.api import reply
 from headrace.text.tool_calls import ToolCallFormat
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DOOR = {"headrace-journal": "1"}
-MARK = ": headrace "
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
     for name in "fg"
@@ -38,34 +37,6 @@ CHOICES = {"stream_options": {"include_usage": True}}
 def asking(path: str = CHAT, **more: Any) -> tuple[str, dict[str, Any]]:
     prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
     return path, {"model": "tiny", "stream": True, "max_tokens": 60, **CHOICES, **prompt, **more}
-
-
-@dataclass
-class Kept:
-    """What a door keeps of a stream; it knows no more of it than the seam says."""
-
-    head: Any = None
-    choices: dict[int, list[Any]] = field(default_factory=dict)
-    events: int = 0
-    forwarded: list[str] = field(default_factory=list)
-
-    def forward(self, event: str) -> None:
-        first, _, rest = event.partition("\n")
-        if first.startswith(MARK):
-            news = json.loads(first.removeprefix(MARK))
-            self.head = news.get("head", self.head)
-            for index, ids, finish_reason in news["c"]:
-                entry = self.choices.setdefault(index, [index, [], None])
-                entry[1] += ids
-                entry[2] = finish_reason
-            event = rest
-        if event:
-            self.forwarded.append(event)
-            self.events += 1
-
-    @property
-    def member(self) -> dict[str, Any]:
-        return {"head": self.head, "c": list(self.choices.values()), "events": self.events}
 
 
 async def events_of(
