@@ -7,8 +7,9 @@ prefill of the tokens that its KV cache lacks. How far that may pull requests to
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import heapq
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 LOAD_VERSION = 1
@@ -20,8 +21,11 @@ BALANCE_SLACK = 2.0
 """And it may always have this many more than the mean: a mean below one says little."""
 FULL_KV = 0.95
 """The share of KV blocks in use from which on a request is expected to wait for blocks."""
+MAX_HOLDERS = 8
+"""Replicas that are weighed for what they hold: bounds the time of a choice."""
 
 _MASK = (1 << 64) - 1
+_ODD = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +55,17 @@ class ReplicaLoad:
     """Length of a step that makes one token for every running request."""
     door_in_flight: int = 0
     """ReplicaView.in_flight when the report was made: what is more in it is of other doors."""
-    door_pending_tokens: int = 0
-    """ReplicaView.pending_tokens when the report was made."""
+    door_pending_prompt_tokens: int = 0
+    """ReplicaView.pending_prompt_tokens when the report was made."""
+    usable: bool = field(init=False)
+    others: int = field(init=False)
+    """Requests there that are not this door's."""
+
+    def __post_init__(self) -> None:
+        # Once a report, not once a request and replica.
+        object.__setattr__(self, "usable", self.ready and not self.draining)
+        others = self.running + self.queued - self.door_in_flight
+        object.__setattr__(self, "others", max(others, 0))
 
     @classmethod
     def of_report(cls, report: Mapping[str, Any], view: ReplicaView) -> ReplicaLoad:
@@ -77,11 +90,13 @@ class ReplicaLoad:
         return cls(
             **told,
             door_in_flight=view.in_flight,
-            door_pending_tokens=view.pending_tokens,
+            door_pending_prompt_tokens=view.pending_prompt_tokens,
         )
 
 
-_REPORTED = frozenset(ReplicaLoad.__dataclass_fields__) - {"door_in_flight", "door_pending_tokens"}
+_REPORTED = tuple(
+    field.name for field in fields(ReplicaLoad) if field.init and not field.name.startswith("door_")
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,28 +111,39 @@ class ReplicaView:
     pending_tokens: int = 0
     """Prompt tokens, without those believed cached, of this door's requests there that have not
     answered yet."""
+    pending_prompt_tokens: int = 0
+    """All prompt tokens of those requests: what the replica counts."""
     key: int = field(init=False)
     """64 bits of the address, for ranking."""
 
     def __post_init__(self) -> None:
         self.key = key_of(self.address.encode())
 
-    @property
-    def usable(self) -> bool:
-        return self.load.ready and not self.load.draining
+    def sent(self, request: RouteRequest) -> None:
+        """A request goes there."""
+        self.in_flight += 1
+        self.pending_tokens += request.missing_at(self.address)
+        self.pending_prompt_tokens += request.prompt_tokens
+
+    def answered(self, request: RouteRequest) -> None:
+        """Its first byte has come, or it failed before that. Once for each `sent`."""
+        self.pending_tokens -= request.missing_at(self.address)
+        self.pending_prompt_tokens -= request.prompt_tokens
+
+    def ended(self) -> None:
+        """It is over. Once for each `sent`."""
+        self.in_flight -= 1
 
     @property
     def busy(self) -> int:
         """Requests there: this door's now, and others' as of the last report."""
-        load = self.load
-        others = load.running + load.queued - load.door_in_flight
-        return self.in_flight + (others if others > 0 else 0)
+        return self.in_flight + self.load.others
 
     @property
     def waiting_tokens(self) -> int:
-        """Prompt tokens to compute there before ours."""
+        """Prompt tokens to compute there before ours. Of others' what is cached is not known."""
         load = self.load
-        others = load.queued_tokens - load.door_pending_tokens
+        others = load.queued_tokens - load.door_pending_prompt_tokens
         return self.pending_tokens + (others if others > 0 else 0)
 
 
@@ -135,6 +161,10 @@ class RouteRequest:
     cached_tokens: Mapping[str, int] = field(default_factory=dict)
     """Address -> prompt tokens believed in that replica's KV cache; see PrefixIndex.match."""
 
+    def missing_at(self, address: str) -> int:
+        """Tokens to compute there. The last one always is."""
+        return max(self.prompt_tokens - self.cached_tokens.get(address, 0), 1)
+
 
 class NoReplicaError(LookupError):
     """No replica is ready and stays."""
@@ -148,28 +178,32 @@ def key_of(data: bytes) -> int:
 def choose(replicas: Sequence[ReplicaView], request: RouteRequest) -> int:
     """The index of the replica that `request` should go to. Pure and deterministic.
 
-    Candidates are the replicas believed to hold a part of the prompt and the two that rank first
-    for its affinity key (so that a door which knows nothing yet sends a session where another door
-    would, and never more than one of two choices to the longer queue). Among those within the
-    balance bound the smallest predicted_wait wins, then rank. If all candidates are beyond the
-    bound, all others compete. Raises NoReplicaError.
+    Candidates are the replicas believed to hold the most of the prompt and the two that rank first
+    for its affinity key: a door that knows nothing yet sends a session where another door would,
+    and to the shorter of two queues. Of those within the balance bound the one with the smallest
+    predicted_wait gets it, then the one that ranks higher. When none is, all that are compete.
+
+    Raises NoReplicaError when no replica is ready and stays.
     """
-    usable = [index for index, replica in enumerate(replicas) if replica.usable]
-    if not usable:
-        raise NoReplicaError("no replica is ready")
-    if len(usable) == 1:
-        return usable[0]
-    busy = {index: replicas[index].busy for index in usable}
-    mean = (sum(busy.values()) + 1) / len(usable)
-    bound = max(BALANCE_BOUND * mean, mean + BALANCE_SLACK)
-    ranked = _two_first(replicas, usable, request.affinity)
-    candidates = dict.fromkeys(ranked)
+    # For a thousand replicas each of these lines counts: no calls in them.
+    busy = [
+        replica.in_flight + replica.load.others if replica.load.usable else -1
+        for replica in replicas
+    ]
+    num_usable = len(busy) - busy.count(-1)
+    if not num_usable:
+        raise NoReplicaError("No replica is ready.")
+    mean = (sum(busy) + len(busy) - num_usable + 1) / num_usable
+    bound = max(BALANCE_BOUND * mean, mean + BALANCE_SLACK) - 1
+    candidates = _two_first(replicas, busy, request.affinity)
     if request.cached_tokens:
-        cached = request.cached_tokens
-        candidates.update(dict.fromkeys(i for i in usable if replicas[i].address in cached))
-    within = [index for index in candidates if busy[index] + 1 <= bound]
-    # There is always one: somebody is at or below the mean.
-    within = within or [index for index in usable if busy[index] + 1 <= bound]
+        holders = _best_holders(request)
+        candidates += [
+            index for index, replica in enumerate(replicas) if replica.address in holders
+        ]
+    within = [index for index in candidates if 0 <= busy[index] <= bound]
+    # There is always one: the least busy has at most the mean.
+    within = within or [index for index, count in enumerate(busy) if 0 <= count <= bound]
     return min(
         within,
         key=lambda index: (
@@ -181,10 +215,9 @@ def choose(replicas: Sequence[ReplicaView], request: RouteRequest) -> int:
 
 def predicted_wait(replica: ReplicaView, request: RouteRequest) -> float:
     """Seconds until the first token there: the prompts before it, its own missing tokens, and
-    blocks that must be freed first. A busier batch costs a step a request: its steps are longer."""
+    blocks that must be freed first. Each request there costs a step: it makes all steps longer."""
     load = replica.load
-    missing = request.prompt_tokens - request.cached_tokens.get(replica.address, 0)
-    tokens = replica.waiting_tokens + max(missing, 1)
+    tokens = replica.waiting_tokens + request.missing_at(replica.address)
     wait = tokens / load.prefill_tokens_per_s + replica.busy * load.decode_step_s
     if load.kv_total_blocks:
         room = FULL_KV * load.kv_total_blocks - load.kv_used_blocks
@@ -195,24 +228,31 @@ def predicted_wait(replica: ReplicaView, request: RouteRequest) -> float:
     return wait
 
 
+def _best_holders(request: RouteRequest) -> Collection[str]:
+    """Addresses that hold the most of the prompt. Of many that hold the same, as with a system
+    prompt that all share, a few by the affinity key: different ones for different sessions."""
+    cached = request.cached_tokens
+    if len(cached) <= MAX_HOLDERS:
+        return cached
+    addresses = list(cached)
+    start = request.affinity % len(addresses)
+    turned = addresses[start:] + addresses[:start]
+    return heapq.nlargest(MAX_HOLDERS, turned, key=cached.__getitem__)
+
+
 def rank(affinity: int, replica_key: int) -> int:
     """Rendezvous hashing: the replica with the largest rank for a key keeps it while others come
-    and go. Two rounds of multiply and shift."""
-    mixed = ((affinity ^ replica_key) * 0x9E3779B97F4A7C15) & _MASK
-    mixed ^= mixed >> 32
-    return (mixed * 0xD6E8FEB86659FD93) & _MASK
+    and go. Both are hashes already, so that one multiplication mixes them enough."""
+    return (affinity ^ replica_key) * _ODD & _MASK
 
 
-def _two_first(
-    replicas: Sequence[ReplicaView], usable: Sequence[int], affinity: int
-) -> tuple[int, int]:
-    """The two usable replicas of the highest rank."""
-    best = second = -1
-    best_rank = second_rank = -1
-    for index in usable:
-        own = rank(affinity, replicas[index].key)
-        if own > best_rank:
-            best, second, best_rank, second_rank = index, best, own, best_rank
-        elif own > second_rank:
-            second, second_rank = index, own
-    return best, second
+def _two_first(replicas: Sequence[ReplicaView], busy: Sequence[int], affinity: int) -> list[int]:
+    """The two usable replicas of the highest rank, or the only one."""
+    ranks = [
+        (affinity ^ replica.key) * _ODD & _MASK if count >= 0 else -1
+        for replica, count in zip(replicas, busy, strict=True)
+    ]
+    best = ranks.index(max(ranks))
+    ranks[best] = -1
+    second = ranks.index(max(ranks))
+    return [best] if second == best or ranks[second] < 0 else [best, second]
