@@ -6,13 +6,15 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pydantic
 import pytest
 import yaml
 from ray.serve import Application, Deployment
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from headrace.deploy.ray_serve import ENGINE_CLOSE_SECONDS, BuildArgs, build_app
+from headrace.deploy.build_args import BuildArgs, problems_in
+from headrace.deploy.ray_serve import ENGINE_CLOSE_SECONDS, build_app, listen_in
 from headrace.errors import ConfigError
 
 CONFIG_FILE = Path(__file__).parents[2] / "deploy" / "ray" / "headrace.yaml"
@@ -100,3 +102,57 @@ def test_a_typo_in_the_shipped_config_would_be_found() -> None:
     args["options"]["shutdown_timout"] = 3
     with pytest.raises(ConfigError, match="did you mean 'shutdown_timeout'"):
         build_app(BuildArgs.model_validate(args))
+
+
+def test_all_that_is_wrong_is_told_at_once_each_with_its_place() -> None:
+    problems = problems_in(
+        {
+            "modle": "x",
+            "options": {"thread": 2, "device": "gpu", "kv_cache_memory_bytes": "1 parsec"},
+            "replica_ports": [0, 31000],
+        }
+    )
+    starts = [problem.partition(":")[0] for problem in problems]
+    assert starts == ["modle", "replica_ports.0"]
+    problems = problems_in({"modle": "x", "options": {"thread": 2, "max_num_seqs": "x", "port": 1}})
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "modle",
+        "options.thread",
+        "options.max_num_seqs",
+        "options.port",
+    ]
+    assert "did you mean 'model'" in problems[0]
+    assert "did you mean 'threads'" in problems[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"options": {"api_processes": 2}}, "options.api_processes"),
+        ({"options": {"device": "cuda:1"}}, "say cuda"),
+        ({"options": {"model": "x"}}, "options.model: give it as args.model"),
+        ({"replica_ports": [31001, 31000]}, "replica_ports: the first port is above"),
+        ({"options": 3}, "options: Input should be a valid dictionary."),
+    ],
+)
+def test_what_a_replica_cannot_be_is_a_problem(args: dict[str, Any], message: str) -> None:
+    (problem,) = problems_in(args)
+    assert message in problem
+
+
+def test_the_schema_of_the_arguments_has_every_option_and_no_other() -> None:
+    options = BuildArgs.model_json_schema()["properties"]["options"]
+    jsonschema.validate({"threads": 2, "kv_cache_memory_bytes": "1GiB"}, options)
+    for wrong in ({"thread": 2}, {"threads": "two"}, {"device": 5}, {"port": 80}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, options)
+
+
+def test_a_replica_takes_a_port_of_its_range_or_says_that_there_is_none() -> None:
+    with listen_in("127.0.0.1", None) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"replica_ports: {port} to {port} are all taken"):
+            listen_in("127.0.0.1", (port, port))
+        if port < 65535:
+            with listen_in("127.0.0.1", (port, 65535)) as other:
+                assert other.getsockname()[1] > port

@@ -9,17 +9,22 @@ proxies hand a connection to a replica, and the app that `headrace serve` runs w
 
 import asyncio
 import logging
-from typing import Any
+import socket
+from contextlib import AsyncExitStack
 
+import ray
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
-from headrace.config import EngineConfig, ServerOptions, load_options
+from headrace import __version__
+from headrace.config import EngineConfig, ServerOptions
+from headrace.deploy.build_args import BuildArgs, check_options, resources_of
+from headrace.deploy.registry import Membership, Registration
 from headrace.errors import ConfigError, EngineError, HeadraceError
+from headrace.listening import listen, url_of
 from headrace.observability.logging import configure_logging
-from headrace.serve import Service
+from headrace.serve import Service, answering
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +33,22 @@ ENGINE_CLOSE_SECONDS = 10.0
 
 
 class Replica:
-    """An API process with its engine beside it, as `headrace serve` runs them."""
+    """An API process with its engine beside it, as `headrace serve` runs them.
 
-    def __init__(self, config: EngineConfig, options: ServerOptions) -> None:
+    It answers at Serve's port and at one of its own, which the registry knows: the door and
+    Prometheus reach this replica there, and no other one.
+    """
+
+    def __init__(
+        self, config: EngineConfig, options: ServerOptions, ports: tuple[int, int] | None = None
+    ) -> None:
+        """`ports`: the first and the last that the replica may take; None: any free one."""
         self._config = config
         self._options = options
+        self._ports = ports
         self._service: Service | None = None
+        self._own_port = AsyncExitStack()
+        self._membership: Membership | None = None
         self._lost: HeadraceError | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -49,17 +64,35 @@ class Replica:
         )
         try:
             info = await service.start()
+            host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            listener = listen_in(host, self._ports)
+            await self._own_port.enter_async_context(answering(service, listener))
         except BaseException:
             await service.close()
             raise
+        self._membership = Membership(self._registration(service, url_of(listener)))
         logger.info(
-            "Serving %s on %s in %s, KV cache %d tokens",
+            "Serving %s on %s in %s, KV cache %d tokens, own port %s",
             service.model.name,
             info.device,
             info.dtype,
             info.num_blocks * info.block_size,
+            url_of(listener),
         )
         return service.app
+
+    def _registration(self, service: Service, url: str) -> Registration:
+        context = serve.get_replica_context()
+        return Registration(
+            application=context.app_name,
+            replica=context.replica_tag,
+            url=url,
+            node=ray.get_runtime_context().get_node_id(),
+            model=service.model.name,
+            revision=service.model.revision,
+            digest=service.model.digest,
+            version=__version__,
+        )
 
     def _on_dead(self, error: HeadraceError) -> None:
         self._lost = error
@@ -78,12 +111,38 @@ class Replica:
             raise EngineError(f"The engine has ended no step for {silence:.0f} s.")
 
     async def __del__(self) -> None:
-        """Ray calls it when requests are finished, so that the engine ends before the replica.
+        """Ray calls it when the requests that came through its proxies are finished. Those that
+        came to the replica's own port finish now; then the engine ends, before the replica.
 
         A replica that is killed takes its engine with it, too: the engine watches its parent.
         """
-        if self._service is not None:
+        if self._service is None:
+            return
+        if self._membership is None:
             await self._service.close()
+            return
+        await self._membership.leave()
+        self._service.drain()
+        await self._service.drained(self._options.shutdown_timeout)
+        await self._own_port.aclose()  # closes the service, too
+
+
+def listen_in(host: str, ports: tuple[int, int] | None) -> socket.socket:
+    """A socket that listens at a free port from the first to the last of `ports`, or any.
+
+    Raises ConfigError if each of them is taken.
+    """
+    if ports is None:
+        return listen(host, 0)
+    for port in range(ports[0], ports[1] + 1):
+        try:
+            return listen(host, port)
+        except ConfigError:
+            continue
+    raise ConfigError(
+        f"replica_ports: {ports[0]} to {ports[1]} are all taken on {host}. Give as many ports as "
+        "replicas may run on a node during a rollout, or leave replica_ports out."
+    )
 
 
 deployment = serve.deployment(
@@ -99,60 +158,29 @@ deployment = serve.deployment(
 )(serve.ingress()(Replica))
 
 
-class BuildArgs(BaseModel):
-    """`args` of an application in a Serve config file."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = Field(
-        default="", description="As for `headrace serve`; every node must be able to resolve it."
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of `headrace serve` by name, such as threads."
-    )
-
-
 def build_app(args: BuildArgs) -> Application:
     """The application for a Serve config file or `serve.run`.
 
     Replica counts, autoscaling and resources are Ray's: `deployments` in the config overrides
-    whatever is set here. Raises ConfigError for an unknown or impossible option.
+    whatever is set here. Raises ConfigError for unknown or impossible options, all of them.
     """
-    for name in ("host", "port"):
-        if name in args.options:
-            raise ConfigError(
-                f"options.{name}: under Ray Serve the proxies listen; give it as "
-                f"http_options.{name} at the top of the Serve config."
-            )
-    config, options, _ = load_options(args.model, {}, args.options)
-    return make_application(config, options)
+    config, options = args.load()
+    return make_application(config, options, ports=args.replica_ports)
 
 
 def make_application(
-    config: EngineConfig, options: ServerOptions, *, num_replicas: int = 1
+    config: EngineConfig,
+    options: ServerOptions,
+    *,
+    num_replicas: int = 1,
+    ports: tuple[int, int] | None = None,
 ) -> Application:
     """The application for a model and its options; `build_app` for those who have both typed."""
-    if options.api_processes != 1:
-        raise ConfigError(
-            "options.api_processes: a replica is one API process; ask for more replicas instead."
-        )
+    check_options(options)
     configured = deployment.options(
         num_replicas=num_replicas,
-        ray_actor_options=_resources(config),
+        ray_actor_options=resources_of(config),
         graceful_shutdown_timeout_s=options.shutdown_timeout + ENGINE_CLOSE_SECONDS,
     )
-    application: Application = configured.bind(config, options)
+    application: Application = configured.bind(config, options, ports)
     return application
-
-
-def _resources(config: EngineConfig) -> dict[str, float]:
-    """What Ray reserves for a replica, so that it places as many on a node as fit."""
-    device, _, index = config.device.device.partition(":")
-    if index:
-        raise ConfigError(
-            f"options.device: {config.device.device}: Ray chooses the GPU of a replica; say cuda."
-        )
-    resources: dict[str, float] = {"num_cpus": config.device.threads or 1}
-    if device == "cuda":
-        resources["num_gpus"] = 1
-    return resources
