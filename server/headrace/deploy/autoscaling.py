@@ -1,0 +1,172 @@
+"""Ray Serve's autoscaling by what users were promised: `sizing.decide` as its policy.
+
+A Serve config names it, in a deployment's options:
+
+    autoscaling_config:
+      min_replicas: 1
+      max_replicas: 8
+      upscale_delay_s: 0      # the policy has its own delays
+      downscale_delay_s: 0
+      policy:
+        policy_function: headrace.deploy.autoscaling:SloPolicy
+        policy_kwargs: {ttft_s: 1.0, tpot_s: 0.05}
+
+Ray runs it in its controller, so Headrace must be installed on the head node, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from headrace.deploy.sizing import Decision, Fleet, Memory, ReplicaStats, Targets, decide
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
+
+logger = logging.getLogger(__name__)
+
+POLICY = "headrace.deploy.autoscaling:SloPolicy"
+PERIOD_S = 1.0
+"""Between two decisions under Ray."""
+RATE_S = 15.0
+"""Over which rates are taken. Replicas note numbers every look_back_period_s / 5, or 6 s."""
+STATE = "headrace"
+"""Our key in the state that Ray keeps between two calls."""
+GAUGES = (
+    "running",
+    "queued",
+    "queued_tokens",
+    "kv_used_blocks",
+    "kv_total_blocks",
+    "max_num_seqs",
+    "prefill_tokens_per_s",
+    "decode_step_s",
+)
+"""What `record_autoscaling_stats` reports, besides the counters `prompt_tokens` (computed
+ones), `requests` and `output_tokens`."""
+
+
+def problems(autoscaling_config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with an `autoscaling_config` that names SloPolicy, to tell before it is sent:
+    Ray finds out in its controller. Each entry names the key and the remedy. Another policy's is
+    Ray's own concern."""
+    policy = autoscaling_config.get("policy") or {}
+    if policy.get("policy_function") != POLICY:
+        return []
+    found = []
+    try:
+        Targets(**policy.get("policy_kwargs") or {})
+    except ValidationError as error:
+        for one in error.errors():
+            name = ".".join(str(part) for part in one["loc"])
+            near = difflib.get_close_matches(name, Targets.model_fields, n=1)
+            unknown = one["type"] == "extra_forbidden"
+            what = f"unknown; did you mean {near[0]}?" if unknown and near else one["msg"]
+            found.append(f"policy.policy_kwargs.{name}: {what}")
+    for name in ("upscale_delay_s", "downscale_delay_s"):
+        if autoscaling_config.get(name) != 0:
+            found.append(
+                f"{name}: set it to 0; the policy has delays of its own, and Ray adds its."
+            )
+    return found
+
+
+class SloPolicy:
+    """`decide` as an autoscaling policy of Ray Serve; one instance per deployment."""
+
+    def __init__(self, **policy_kwargs: Any) -> None:
+        """Raises pydantic.ValidationError, which names the argument, unless they are Targets."""
+        self.targets = Targets(**policy_kwargs)
+        self._last: tuple[float, int] | None = None
+        self._told = ""
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """(replicas to have, what to hand to the next call).
+
+        Ray asks ten times a second and reports come every few seconds, so an answer is good for
+        PERIOD_S. While Ray has no numbers at all, nothing changes.
+        """
+        now = ctx.current_time or time.time()
+        state = dict(ctx.policy_state)
+        memory, decided, replicas = state.get(STATE, (Memory(), -math.inf, 0))
+        if 0 <= now - decided < PERIOD_S:
+            return replicas, state
+        fleet = Fleet(
+            ready=ctx.current_num_replicas,
+            target=ctx.target_num_replicas,
+            min_replicas=ctx.capacity_adjusted_min_replicas,
+            max_replicas=ctx.capacity_adjusted_max_replicas,
+            waiting=self._waiting(ctx),
+        )
+        decision = decide(stats_of(ctx.raw_metrics or {}, now), fleet, self.targets, memory, now)
+        self._tell(ctx, decision)
+        state[STATE] = (decision.memory, now, decision.replicas)
+        return decision.replicas, state
+
+    def _waiting(self, ctx: AutoscalingContext) -> int:
+        """Requests that Serve's own handles hold because there is no replica."""
+        return 0 if ctx.current_num_replicas else math.ceil(ctx.total_num_requests)
+
+    def _tell(self, ctx: AutoscalingContext, decision: Decision) -> None:
+        target = ctx.target_num_replicas
+        if decision.replicas == target:
+            self._told = ""
+            return
+        told = f"{target} -> {decision.replicas} replicas ({decision.reason})"
+        if told != self._told:
+            logger.info(
+                "%s: %s; %.2f required, predicted TTFT %.2f s, TPOT %.0f ms",
+                ctx.app_name or ctx.deployment_name,
+                told,
+                decision.required,
+                decision.ttft_s,
+                decision.tpot_s * 1e3,
+            )
+        self._told = told
+
+
+def stats_of(
+    raw_metrics: Mapping[str, Mapping[Any, Sequence[Any]]], now: float
+) -> list[ReplicaStats]:
+    """Of every replica that has reported, from what Ray keeps of its `record_autoscaling_stats`:
+    name -> replica -> values with timestamps, oldest first."""
+    series: dict[Any, dict[str, Sequence[Any]]] = {}
+    for name, replicas in raw_metrics.items():
+        for replica, points in replicas.items():
+            if points:
+                series.setdefault(replica, {})[name] = points
+    return [_stats_of_one(one, now) for one in series.values() if "running" in one]
+
+
+def _stats_of_one(series: Mapping[str, Sequence[Any]], now: float) -> ReplicaStats:
+    last = {name: points[-1].value for name, points in series.items()}
+    return ReplicaStats(
+        age_s=max(0.0, now - series["running"][-1].timestamp),
+        arriving_tokens_per_s=_rate(series, "prompt_tokens", "queued_tokens"),
+        arriving_requests_per_s=_rate(series, "requests"),
+        generated_tokens_per_s=_rate(series, "output_tokens"),
+        **{name: float(last.get(name, 0.0)) for name in GAUGES},
+    )
+
+
+def _rate(series: Mapping[str, Sequence[Any]], *names: str) -> float:
+    """Of the sum of these per second, over the last RATE_S; 0 after a restart, or without two
+    points."""
+    increase = seconds = 0.0
+    for name in names:
+        points = series.get(name, ())
+        first = next(
+            (one for one in points if points[-1].timestamp - one.timestamp <= RATE_S), None
+        )
+        if first is None:
+            return 0.0
+        increase += points[-1].value - first.value
+        seconds = points[-1].timestamp - first.timestamp
+    return max(0.0, increase / seconds) if seconds > 0 else 0.0
