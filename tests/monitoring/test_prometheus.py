@@ -1,0 +1,217 @@
+"""A real Prometheus scrapes a real server under load; every query of the dashboard has data there,
+or a reason for having none."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from tests.e2e.conftest import LIGHT, PATIENCE, Server, free_port, launch
+
+from headrace.monitoring.grafana import variable_query
+from headrace.monitoring.panels import ROWS, VARIABLES
+from headrace.observability.resources import open_gpus
+from headrace.route.targets import CONTENT_TYPE, http_sd
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+ROOT = Path(__file__).parents[2]
+WINDOW = "20s"
+APPLICATION = "small"
+EMPTY_HERE = {"gpu": not open_gpus(), "ray": True}
+"""Needs of panels that this machine does not meet: a GPU, and Ray's own metrics."""
+
+
+@dataclass
+class Prometheus:
+    url: str
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=PATIENCE).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def query(self, expr: str) -> list[float]:
+        """The values of the series, now."""
+        expr = re.sub(r"\$(model|application|replica)", ".*", expr)
+        expr = expr.replace("$__rate_interval", WINDOW)
+        return [float(s["value"][1]) for s in self.ask("query", query=expr)["result"]]
+
+    def wait_for(self, expr: str) -> list[float]:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if values := self.query(expr):
+                return values
+            time.sleep(0.2)
+        raise AssertionError(f"Prometheus has no data for {expr}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = launch(tmp_path_factory.mktemp("server") / "log", LIGHT)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def targets(server: Server) -> Iterator[str]:
+    """A URL at which the server is named, as a door would name it."""
+    document = http_sd({APPLICATION: [server.url]}, {APPLICATION: "default"})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", CONTENT_TYPE)
+            self.end_headers()
+            self.wfile.write(document)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    door = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=door.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{door.server_port}/targets"
+    door.shutdown()
+    thread.join()
+    door.server_close()
+
+
+@pytest.fixture(scope="module")
+def scraping(
+    prometheus: str, targets: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(ROOT / "deploy/prometheus/headrace-alerts.yaml")],
+        "scrape_configs": [
+            {
+                "job_name": "headrace",
+                # As of two doors.
+                "http_sd_configs": [{"url": targets}, {"url": f"{targets}?another"}],
+            }
+        ],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    command = [prometheus, f"--config.file={folder / 'prometheus.yml'}"]
+    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        found = Prometheus(f"http://{address}")
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                if httpx.get(f"{found.url}/-/ready", timeout=PATIENCE).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield found
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def loaded(server: Server, scraping: Prometheus) -> Prometheus:
+    """After a load of half a window, with a few requests that fail."""
+    scraping.wait_for(f'headrace_engine_ready{{application="{APPLICATION}"}}')
+    client, name = server.client(), server.get("/v1/models").json()["data"][0]["id"]
+    end = time.monotonic() + 10
+
+    def stream(number: int) -> None:
+        while time.monotonic() < end:
+            story = "Once upon a time there was a mill by a river. " * 6
+            answer = client.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": f"{story} {number}"}],
+                max_tokens=24,
+                stream=True,
+            )
+            for _ in answer:
+                pass
+
+    for _ in range(3):
+        too_long = {"model": name, "prompt": "word " * 5000, "max_tokens": 1}
+        assert server.post("/v1/completions", too_long).status_code == 400
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(stream, number) for number in range(4)]:
+            future.result()
+    time.sleep(1.5)  # one more scrape
+    return scraping
+
+
+def test_every_panel_has_data(loaded: Prometheus) -> None:
+    for row in ROWS:
+        for panel in row.panels:
+            if EMPTY_HERE.get(panel.needs):
+                for query in panel.queries:
+                    loaded.query(query.expr)  # which Prometheus must still understand
+                continue
+            for query in panel.queries:
+                values = [value for value in loaded.query(query.expr) if not math.isnan(value)]
+                assert values, f"{row.title} / {panel.title}: {query.expr}"
+
+
+def test_busy_panels_show_the_load(loaded: Prometheus) -> None:
+    shown = {panel.title: panel.queries for row in ROWS for panel in row.panels}
+    for title in ("Requests finished", "Tokens", "Steps", "Time per step", "Prefix cache hits"):
+        for query in shown[title]:
+            assert max(loaded.query(query.expr)) > 0, title
+    assert all(value == 0 for value in loaded.query(shown["Share of 5xx"][0].expr))
+
+
+def test_variables_have_values(loaded: Prometheus) -> None:
+    values = {}
+    for name in VARIABLES:
+        found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable_query(name))
+        assert found
+        selector = re.sub(r"\$\w+", ".*", found[1])
+        values[name] = loaded.ask(f"label/{found[2]}/values", **{"match[]": selector})
+    assert values["application"] == [APPLICATION]
+    assert all(len(found) == 1 for found in values.values())
+
+
+def test_a_replica_that_two_doors_name_is_scraped_once(loaded: Prometheus, server: Server) -> None:
+    assert loaded.query("count(up)") == [1]
+    (target,) = loaded.ask("targets")["activeTargets"]
+    address = server.url.removeprefix("http://")
+    assert target["labels"] == {
+        "instance": address,
+        "job": "headrace",
+        "application": APPLICATION,
+        "replica": address,
+        "model": "default",
+    }
+    # Nothing is counted twice: Prometheus has what the server says.
+    server.wait_idle()
+    time.sleep(1.5)
+    counted = loaded.query("sum(headrace_requests_finished_total)")
+    assert counted == [server.finished()]
+
+
+def test_alerts_are_evaluated_without_errors(loaded: Prometheus) -> None:
+    rules = [rule for group in loaded.ask("rules")["groups"] for rule in group["rules"]]
+    assert {rule["health"] for rule in rules} == {"ok"}, json.dumps(rules, indent=1)
+    assert loaded.query("headrace:slo_missed:ratio_rate5m")
+    assert loaded.query('ALERTS{alertstate="firing"}') == []
