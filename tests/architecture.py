@@ -95,6 +95,7 @@ MAY_PRINT = {
     "headrace.cli": "it is the command line",
     "headrace.bench": "its table is its result",
     "headrace.deploy.local_cluster": "it is the command line of `make serve-ray`",
+    "headrace.route.ray_source": "its lines are what the door reads",
     "headrace_kernels.cuda.compile_gate": "it is a command line",
     "headrace_kernels.triton.compile_gate": "it is a command line",
 }

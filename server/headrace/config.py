@@ -304,6 +304,18 @@ def openai_api_key(environment: Mapping[str, str] | None = None) -> str | None:
     return environment.get("OPENAI_API_KEY") or None
 
 
+def ray_auth_token(environment: Mapping[str, str] | None = None) -> str:
+    """What Ray's dashboard asks for, from where Ray's own clients take it; empty if nowhere."""
+    environment = os.environ if environment is None else environment
+    if token := environment.get("RAY_AUTH_TOKEN"):
+        return token
+    file = environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    try:
+        return Path(file).read_text().strip()
+    except OSError:
+        return ""
+
+
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: it offers the closest one, if one is close."""
     close = difflib.get_close_matches(name, known, n=1)
