@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from headrace.deploy.autoscaling import PERIOD_S, POLICY, SloPolicy, problems, stats_of
+from headrace.deploy.autoscaling import (
+    GAUGES,
+    PERIOD_S,
+    POLICY,
+    SloPolicy,
+    problems,
+    report,
+    stats_of,
+)
 
 CONFIG = {
     "min_replicas": 0,
@@ -67,6 +75,18 @@ def test_stats_are_the_last_values_and_the_rates_of_counters() -> None:
     assert (one.age_s, one.running, one.queued_tokens) == (4.0, 3, 50)
     rates = (one.arriving_tokens_per_s, one.arriving_requests_per_s, one.generated_tokens_per_s)
     assert rates == pytest.approx((120, 2, 9))
+
+
+def test_a_replica_reports_what_the_policy_reads() -> None:
+    load = dict.fromkeys(GAUGES, 7) | {"prefix_query_tokens": 900, "prefix_hit_tokens": 300}
+    told = report(load, (5, 80))
+    assert told == dict.fromkeys(GAUGES, 7.0) | {
+        "prompt_tokens": 600,
+        "requests": 5,
+        "output_tokens": 80,
+    }
+    (one,) = stats_of(reported(told), NOW)
+    assert (one.running, one.max_num_seqs, one.arriving_tokens_per_s) == (7, 7, 600 + 0)
 
 
 def test_a_queue_that_grows_counts_as_arriving_and_a_restarted_engine_has_no_rate() -> None:

@@ -141,7 +141,8 @@ def test_numbers_that_are_there_grow_it_although_others_are_missing() -> None:
 def test_zero_is_reached_only_when_idle_and_allowed() -> None:
     run, never = Run(2, low=0), Run(2)
     for one in (run, never):
-        one.step(IDLE, replace(IDLE, running=1), seconds=2000)
+        one.step(IDLE, replace(IDLE, running=1), seconds=1000)
+        one.step(replace(IDLE, arriving_requests_per_s=0.01), seconds=1000)
         assert one.size == 1, "a request now and then keeps one"
         one.step(IDLE, seconds=int(TARGETS.idle_s) - 5)
         assert one.size == 1

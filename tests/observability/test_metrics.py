@@ -18,6 +18,7 @@ from headrace.engine.client import (
     FinishReason,
     ModelInfo,
     RequestRecord,
+    Workload,
 )
 from headrace.observability.families import FAMILIES
 from headrace.observability.metrics import Metrics
@@ -64,6 +65,7 @@ class FakeEngine:
     stats: EngineStats = field(default_factory=EngineStats)
     last_seen_age: float = 0.25
     restarts: int = 0
+    workload: Workload = field(default_factory=lambda: Workload(9, 500, 1250.0, 0.02))
 
 
 def test_a_record_alone_fills_every_request_family() -> None:
@@ -104,6 +106,7 @@ def test_a_meter_counts_live_and_its_record_adds_only_the_rest() -> None:
     assert live["headrace_inter_token_latency_seconds_sum"] == 1.0
     metrics.observe_request(make_record(output_tokens=5))
     meter.tokens(2, now=104.0)  # read after the end: the record has counted them
+    assert metrics.totals == (1, 5)
     closed = samples(metrics)
     assert closed["headrace_generation_tokens_total"] == 5
     assert closed["headrace_requests_accepted_total"] == 1
@@ -244,6 +247,9 @@ def test_an_attached_engine_is_read_at_each_scrape() -> None:
         assert found["headrace_engine_step_age_seconds"] == 1.5
         assert found["headrace_requests_running"] == 7
         assert found["headrace_iteration_tokens_count"] == 1
+        assert found["headrace_queued_prompt_tokens"] == 500
+        assert found["headrace_prefill_tokens_per_second"] == 1250
+        assert found["headrace_decode_step_seconds"] == 0.02
         assert found["vllm:cache_config_info{block_size=16,num_gpu_blocks=64}"] == 1
 
 

@@ -126,7 +126,7 @@ class Supervisor:
             on_restart=lambda: self._tell_all(EngineRestarts(self.client.restarts)),
             listener=self._listener,
         )
-        self.metrics.attach_engine(self.client)
+        self.metrics.attach_engine(self.client, lambda: self._board.others()[1])
 
     async def start(self) -> None:
         """Returns when every process answers. Raises what `Service.start` raises."""

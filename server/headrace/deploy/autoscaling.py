@@ -53,6 +53,20 @@ GAUGES = (
 ones), `requests` and `output_tokens`."""
 
 
+def report(load: Mapping[str, Any], totals: tuple[int, int]) -> dict[str, float]:
+    """What a replica's `record_autoscaling_stats` returns.
+
+    load: as `GET /load` answers it. totals: requests accepted and tokens generated since the start.
+    """
+    requests, output_tokens = totals
+    return {
+        **{name: float(load[name]) for name in GAUGES},
+        "prompt_tokens": float(load["prefix_query_tokens"] - load["prefix_hit_tokens"]),
+        "requests": float(requests),
+        "output_tokens": float(output_tokens),
+    }
+
+
 def problems(autoscaling_config: Mapping[str, Any]) -> list[str]:
     """What is wrong with an `autoscaling_config` that names SloPolicy, to tell before it is sent:
     Ray finds out in its controller. Each entry names the key and the remedy. Another policy's is

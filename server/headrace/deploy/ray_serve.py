@@ -18,7 +18,9 @@ from ray import serve
 from ray.serve import Application
 
 from headrace import __version__
+from headrace.api.load import load_of
 from headrace.config import EngineConfig, ServerOptions
+from headrace.deploy import autoscaling
 from headrace.deploy.build_args import BuildArgs, check_options, resources_of
 from headrace.deploy.registry import Membership, Registration
 from headrace.errors import ConfigError, EngineError, HeadraceError
@@ -109,6 +111,12 @@ class Replica:
         silence = self._service.client.last_seen_age
         if silence > self._options.step_timeout:
             raise EngineError(f"The engine has ended no step for {silence:.0f} s.")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The numbers that autoscaling.SloPolicy reads, which Ray sends to its controller."""
+        assert self._service is not None, "Ray asks only those that have an app"
+        load = load_of(self._service.model, draining=False)
+        return autoscaling.report(load, self._service.metrics.totals)
 
     async def __del__(self) -> None:
         """Ray calls it when the requests that came through its proxies are finished. Those that

@@ -216,7 +216,9 @@ def _observe(fresh: Sequence[ReplicaStats], fleet: Fleet, memory: Memory, now: f
     """The moving averages, with these reports."""
     if memory.busy_time == -math.inf:
         memory = replace(memory, busy_time=now)
-    if fleet.waiting or any(one.running or one.queued for one in fresh):
+    if fleet.waiting or any(
+        one.running or one.queued or one.arriving_requests_per_s for one in fresh
+    ):
         memory = replace(memory, busy_time=now)
     if not fresh:
         return replace(memory, time=now)

@@ -147,6 +147,9 @@ FAMILIES: tuple[Family, ...] = (
     _counter("engine_steps_total", "Steps that the engine has run."),
     _counter("engine_restarts_total", "Times the engine process was started again."),
     _counter("api_process_restarts_total", "Times an API process was started again."),
+    _gauge("queued_prompt_tokens", "Prompt tokens of requests that have no first token yet."),
+    _gauge("prefill_tokens_per_second", "Speed of steps that compute prompts; 0 until measured."),
+    _gauge("decode_step_seconds", "Length of a step that computes no prompt; 0 until measured."),
     _gauge("engine_step_age_seconds", "Since the engine last ended a step or said it was idle."),
     # HTTP.
     _counter("http_requests_total", "HTTP requests.", ("route", "method", "status")),

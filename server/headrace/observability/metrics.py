@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
@@ -18,88 +17,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
 from headrace.observability.families import BY_NAME, FAMILIES, FINISH_REASONS, PREFIX, Family
+from headrace.observability.observed import Engine, Record, Stats
 from headrace.observability.resources import ResourceCollector
 
 _HTTP_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _COMPLETED = frozenset(("stop", "length"))
-
-
-class Record(Protocol):
-    """The fields of engine.client.RequestRecord that metrics read; times are time.monotonic()
-    seconds, 0 for a stage that was never reached."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def finish_reason(self) -> str: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def cached_tokens(self) -> int: ...
-    @property
-    def preemptions(self) -> int: ...
-    @property
-    def arrival_time(self) -> float: ...
-    @property
-    def scheduled_time(self) -> float: ...
-    @property
-    def first_token_time(self) -> float: ...
-    @property
-    def finished_time(self) -> float: ...
-    @property
-    def max_tokens(self) -> int | None: ...
-
-
-class Stats(Protocol):
-    """The fields of engine.client.EngineStats that metrics read: gauges, and counters since the
-    engine started."""
-
-    @property
-    def running(self) -> int: ...
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def kv_blocks_used(self) -> int: ...
-    @property
-    def kv_blocks_total(self) -> int: ...
-    @property
-    def prefix_query_tokens(self) -> int: ...
-    @property
-    def prefix_hit_tokens(self) -> int: ...
-    @property
-    def preemptions(self) -> int: ...
-    @property
-    def oom_retries(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def step_tokens(self) -> int: ...
-
-
-class KVLayout(Protocol):
-    """The fields of engine.client.ModelInfo that metrics read."""
-
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-
-
-class Engine(Protocol):
-    """The part of engine.client.EngineClient that a scrape reads."""
-
-    @property
-    def state(self) -> str: ...
-    @property
-    def info(self) -> KVLayout | None: ...
-    @property
-    def stats(self) -> Stats: ...
-    @property
-    def last_seen_age(self) -> float: ...
-    @property
-    def restarts(self) -> int: ...
 
 
 class Metrics:
@@ -128,6 +50,7 @@ class Metrics:
         self.registry.register(ResourceCollector(api_pids))
         self._meters: dict[str, RequestMeter] = {}
         self._engine: Engine | None = None
+        self._queued_elsewhere: Callable[[], int] = lambda: 0
         self._engine_counters = {
             field: (_Resetting(), self._counter(name)) for field, name in _ENGINE_COUNTERS.items()
         }
@@ -164,6 +87,9 @@ class Metrics:
         self._kv_free = self._gauge("kv_cache_blocks", "free")
         self._iteration_tokens = self._histogram("iteration_tokens")
         self._ready = self._gauge("engine_ready")
+        self._queued_tokens = self._gauge("queued_prompt_tokens")
+        self._prefill_speed = self._gauge("prefill_tokens_per_second")
+        self._decode_step = self._gauge("decode_step_seconds")
         self._step_age = self._gauge("engine_step_age_seconds")
         self._engine_restarts = self._counter("engine_restarts_total")
         self.api_process_restarts = self._counter("api_process_restarts_total")
@@ -227,9 +153,13 @@ class Metrics:
 
     # Engine
 
-    def attach_engine(self, engine: Engine) -> None:
-        """Read the engine's stats, age, state and restarts at every scrape."""
+    def attach_engine(
+        self, engine: Engine, queued_elsewhere: Callable[[], int] = lambda: 0
+    ) -> None:
+        """Read the engine's stats, age, state and restarts at every scrape. `queued_elsewhere`:
+        prompt tokens that wait in other processes, which the engine's client here does not see."""
         self._engine = engine
+        self._queued_elsewhere = queued_elsewhere
 
     def observe_stats(self, stats: Stats) -> None:
         """Take over the engine's gauges and advance its counters, which may restart from zero.
@@ -262,12 +192,21 @@ class Metrics:
             return
         self.observe_stats(engine.stats)
         self._ready.set(engine.state == "ready")
+        work = engine.workload
+        self._queued_tokens.set(work.queued_tokens + self._queued_elsewhere())
+        self._prefill_speed.set(work.prefill_tokens_per_s)
+        self._decode_step.set(work.decode_step_s)
         self._step_age.set(engine.last_seen_age)
         self._engine_restarts.inc(self._restarts.advance(engine.restarts))
         if (info := engine.info) is not None:
             self._gauge_family("kv_cache_config_info").clear()
             blocks = (str(info.block_size), str(info.num_blocks))
             self._gauge("kv_cache_config_info", *blocks).set(1)
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """(requests accepted, tokens generated) since the start."""
+        return _value(self._accepted), _value(self.generation_tokens) + self.delivered_tokens
 
     # Exposition
 
@@ -349,6 +288,10 @@ class RequestMeter:
             ttft = record.first_token_time - record.arrival_time
             self._metrics.time_to_first_token.observe(ttft)
             self._ttft_known = True
+
+
+def _value(counter: Counter) -> int:
+    return int(next(iter(counter.collect())).samples[0].value)
 
 
 class _Resetting:
