@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+import yaml
+from tests.e2e.conftest import PATIENCE, free_port
 
 
 def _program(name: str) -> str:
@@ -22,3 +33,61 @@ def promtool() -> str:
 @pytest.fixture(scope="session")
 def prometheus() -> str:
     return _program("prometheus")
+
+
+@dataclass
+class Prometheus:
+    """A running one, and what Grafana would ask it."""
+
+    url: str
+    window: str
+    """For `$__rate_interval`."""
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=PATIENCE).json()
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    def query(self, expr: str) -> list[float]:
+        """The values of the series, now."""
+        expr = re.sub(r"\$(model|application|replica)", ".*", expr)
+        expr = expr.replace("$__rate_interval", self.window)
+        return [float(s["value"][1]) for s in self.ask("query", query=expr)["result"]]
+
+    def wait_for(self, expr: str) -> list[float]:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if values := self.query(expr):
+                return values
+            time.sleep(0.2)
+        raise AssertionError(f"Prometheus has no data for {expr}")
+
+
+@contextmanager
+def running_prometheus(
+    program: str, folder: Path, config: dict[str, Any], window: str
+) -> Iterator[Prometheus]:
+    """Ready when it comes. `config`: of prometheus.yml; relative paths are below `folder`."""
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    command = [program, f"--config.file={folder / 'prometheus.yml'}"]
+    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not _is_ready(address):
+            problem = (folder / "log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, problem
+            time.sleep(0.1)
+        yield Prometheus(f"http://{address}", window)
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        return httpx.get(f"http://{address}/-/ready", timeout=PATIENCE).status_code == 200
+    except httpx.TransportError:
+        return False

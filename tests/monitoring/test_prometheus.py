@@ -6,20 +6,16 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-import yaml
-from tests.e2e.conftest import LIGHT, PATIENCE, Server, free_port, launch
+from tests.e2e.conftest import LIGHT, PATIENCE, Server, launch
+from tests.monitoring.conftest import Prometheus, running_prometheus
 
 from headrace.monitoring.grafana import variable_query
 from headrace.monitoring.panels import ROWS, VARIABLES
@@ -33,30 +29,6 @@ WINDOW = "20s"
 APPLICATION = "small"
 EMPTY_HERE = {"gpu": not open_gpus(), "ray": True}
 """Needs of panels that this machine does not meet: a GPU, and Ray's own metrics."""
-
-
-@dataclass
-class Prometheus:
-    url: str
-
-    def ask(self, path: str, **parameters: str) -> Any:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=PATIENCE).json()
-        assert answer["status"] == "success", answer
-        return answer["data"]
-
-    def query(self, expr: str) -> list[float]:
-        """The values of the series, now."""
-        expr = re.sub(r"\$(model|application|replica)", ".*", expr)
-        expr = expr.replace("$__rate_interval", WINDOW)
-        return [float(s["value"][1]) for s in self.ask("query", query=expr)["result"]]
-
-    def wait_for(self, expr: str) -> list[float]:
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            if values := self.query(expr):
-                return values
-            time.sleep(0.2)
-        raise AssertionError(f"Prometheus has no data for {expr}")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +70,6 @@ def targets(server: Server) -> Iterator[str]:
 def scraping(
     prometheus: str, targets: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    folder = tmp_path_factory.mktemp("prometheus")
     config = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(ROOT / "deploy/prometheus/headrace-alerts.yaml")],
@@ -110,26 +81,10 @@ def scraping(
             }
         ],
     }
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
-    command = [prometheus, f"--config.file={folder / 'prometheus.yml'}"]
-    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        found = Prometheus(f"http://{address}")
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            assert process.poll() is None, (folder / "log").read_text()
-            try:
-                if httpx.get(f"{found.url}/-/ready", timeout=PATIENCE).status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.1)
+    with running_prometheus(
+        prometheus, tmp_path_factory.mktemp("prometheus"), config, WINDOW
+    ) as found:
         yield found
-    finally:
-        process.terminate()
-        process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,9 @@ class Replica:
         self._service = service = await asyncio.to_thread(
             Service, self._config, self._options, on_dead=self._on_dead
         )
+        # Ray's dashboard for LLMs knows vLLM's names with this prefix, and joins them by worker.
+        worker = ray.get_runtime_context().get_worker_id()
+        service.metrics.alias_as("ray_vllm_", WorkerId=worker)
         try:
             info = await service.start()
             host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]

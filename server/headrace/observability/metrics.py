@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
@@ -221,6 +222,11 @@ class Metrics:
         self.delivered_tokens = 0
         self.inter_token_latencies.flush()
 
+    def alias_as(self, prefix: str, **labels: str) -> None:
+        """Also expose what vLLM has under its names with this prefix, and with more labels."""
+        assert isinstance(self.registry, _Registry)
+        self.registry.aliases[prefix] = labels
+
     def own_metrics(self) -> Iterator[Metric]:
         """What this process has observed, under our names."""
         assert isinstance(self.registry, _Registry)
@@ -339,6 +345,8 @@ class _Registry(CollectorRegistry):
     def __init__(self, before: Callable[[], None]) -> None:
         super().__init__()
         self._before = before
+        self.aliases: dict[str, dict[str, str]] = {"vllm:": {}}
+        """Prefix -> labels besides ours."""
 
     def own_metrics(self) -> Iterator[Metric]:
         self._before()
@@ -349,22 +357,29 @@ class _Registry(CollectorRegistry):
     def collect(self) -> Iterator[Metric]:
         metrics = list(self.own_metrics())
         yield from metrics
-        yield from vllm_aliases(metrics)
+        for prefix, labels in self.aliases.items():
+            yield from vllm_aliases(metrics, prefix, labels)
 
 
-def vllm_aliases(metrics: Iterable[Metric]) -> Iterator[Metric]:
+def vllm_aliases(
+    metrics: Iterable[Metric], prefix: str = "vllm:", labels: Mapping[str, str] | None = None
+) -> Iterator[Metric]:
     """Those families whose meaning is equal to one of vLLM's, with the same samples, under its
     name: dashboards, autoscalers and load tools made for vLLM read our numbers."""
     for metric in metrics:
         family = _BY_COLLECTED_NAME.get(metric.name)
         if family is None or family.vllm is None:
             continue
-        theirs = "vllm:" + family.vllm
+        theirs = prefix + family.vllm
         if metric.type == "counter":
             theirs = theirs.removesuffix("_total")
         renamed = Metric(theirs, f"Same as {family.full_name}.", metric.type)
         renamed.samples = [
-            Sample(theirs + s.name.removeprefix(metric.name), s.labels, s.value)
+            Sample(
+                theirs + s.name.removeprefix(metric.name),
+                {**s.labels, **labels} if labels else s.labels,
+                s.value,
+            )
             for s in metric.samples
         ]
         yield renamed
