@@ -128,6 +128,13 @@ $(VENV)/.clients: $(VENV)/.dev tests/clients/openai2/requirements.txt
 	    -r tests/clients/openai2/requirements.txt $(BRIEFLY)
 	@touch $@
 
+# Datadog's check: it wants versions of its own, so it is not in the environment but beside it.
+$(VENV)/.datadog: tests/monitoring/datadog.txt | $(VENV)/.created
+	@echo "headrace: Datadog's OpenMetrics check (about 25 MB)"
+	@rm -rf $(VENV)/datadog
+	@$(PIP) --target $(VENV)/datadog -r $< $(BRIEFLY)
+	@touch $@
+
 # ---- serve -------------------------------------------------------------------------------------
 
 SERVE_ARGS = $(if $(MODEL),'$(MODEL)') $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -163,7 +170,7 @@ test: $(VENV)/.dev $(VENV)/.node
 	@status=0; $(MAKE) lint || status=1; $(MAKE) types || status=1; \
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS) || status=1; exit $$status
 
-test-full: lint types $(VENV)/.clients $(VENV)/.node
+test-full: lint types $(VENV)/.clients $(VENV)/.datadog $(VENV)/.node
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --record=docs/verified.md
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --api-processes 2 $(SHARED)
 

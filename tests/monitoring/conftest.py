@@ -1,4 +1,4 @@
-"""Prometheus's own programs, where they are installed."""
+"""A real server to look at, and Prometheus's own programs, where they are installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from tests.e2e.conftest import PATIENCE, free_port
+from tests.e2e.conftest import LIGHT, PATIENCE, Server, free_port, launch
 
 
 def _program(name: str) -> str:
@@ -33,6 +33,18 @@ def promtool() -> str:
 @pytest.fixture(scope="session")
 def prometheus() -> str:
     return _program("prometheus")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """SmolLM2-135M-Instruct."""
+    server = launch(tmp_path_factory.mktemp("server") / "log", LIGHT)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait(PATIENCE)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import LIGHT, PATIENCE, Server, launch
+from tests.e2e.conftest import Server
 from tests.monitoring.conftest import Prometheus, running_prometheus
 
 from headrace.monitoring.grafana import variable_query
@@ -29,17 +29,6 @@ WINDOW = "20s"
 APPLICATION = "small"
 EMPTY_HERE = {"gpu": not open_gpus(), "ray": True}
 """Needs of panels that this machine does not meet: a GPU, and Ray's own metrics."""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = launch(tmp_path_factory.mktemp("server") / "log", LIGHT)
-    try:
-        server.wait_ready()
-        yield server
-    finally:
-        server.process.terminate()
-        server.process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ def openmetrics() -> dict[str, Any]:
                 ],
                 # As distributions, so that Datadog has their percentiles.
                 "histogram_buckets_as_distributions": True,
-                "tags": ["service:headrace"],
+                # Datadog has a meaning of its own for `version`.
+                "rename_labels": {"version": "headrace_version"},
             }
         ],
     }
