@@ -224,9 +224,8 @@ def main() -> None:
         try:
             demand.registry = registry = ray.get_actor(REGISTRY, namespace=NAMESPACE)
             demand.tell()
-            snapshot: dict[str, Any] = ray.get(
-                registry.watch.remote(epoch, revision, WATCH_SECONDS), timeout=3 * WATCH_SECONDS
-            )
+            watching: Any = registry.watch.remote(epoch, revision, WATCH_SECONDS)
+            snapshot: dict[str, Any] = ray.get(watching, timeout=3 * WATCH_SECONDS)
         except (ValueError, ray.exceptions.RayError):  # ValueError: there is no such actor, yet
             demand.registry = None
             time.sleep(1)
