@@ -197,6 +197,7 @@ HEAVY = ("torch", "triton", "ray", "transformers")
         ("headrace.loading.gguf", (*HEAVY, "numpy")),
         ("headrace.observability.metrics", HEAVY),
         ("headrace.bench.serve", HEAVY),
+        ("headrace.route.door", (*HEAVY, "numpy", "fastapi", "pydantic", "headrace.serve")),
         ("headrace.chat", (*HEAVY, "fastapi", "pydantic", "headrace.serve")),
         ("headrace_kernels", ("torch", "triton")),
     ],

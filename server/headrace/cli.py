@@ -83,6 +83,10 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     _add_options(serve_ray, server=True)
     serve_ray.set_defaults(run=_serve_ray)
 
+    route = commands.add_parser("route", help="one address for many models and replicas")
+    _add_route(route)
+    route.set_defaults(run=_route)
+
     chat = commands.add_parser("chat", help="talk to a model, one started here or any server's")
     chat.add_argument(
         "--url",
@@ -236,6 +240,23 @@ def _serve_ray(args: argparse.Namespace) -> int:
 
     config, options, _ = _options(args)
     return local_cluster.run(config, options, num_replicas=args.num_replicas)
+
+
+def _add_route(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("config", nargs="?", metavar="FILE.yaml", help="models, replicas, options; see docs/route")
+    add("--replica", action="append", default=[], metavar="NAME=URL", help="repeatable; no file")
+    for name, kind in (("host", str), ("port", int), ("processes", int), ("api-key", str)):
+        add(f"--{name}", type=kind, help="as in the file")
+
+
+def _route(args: argparse.Namespace) -> int:
+    from headrace.route import command
+
+    flags = {name: getattr(args, name) for name in ("host", "port", "processes", "api_key")}
+    given = {name: value for name, value in flags.items() if value is not None}
+    read = (lambda: _read_yaml(args.config)) if args.config else None
+    return command.route(read, args.config or "", args.replica, given)
 
 
 # --- the other commands -----------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""`headrace route`: listens, serves until a signal, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+
+from headrace.listening import listen, url_of
+from headrace.route.config import RouteConfig
+from headrace.route.door import Door
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_INTERRUPTED = 0, 130
+SETTLE_SECONDS = 3.0
+"""Until when replicas are asked for the first time before the door says what it found."""
+
+
+class DoorLife:
+    """Signals: the first SIGTERM or SIGINT drains, the second ends; SIGHUP reads the file again."""
+
+    def __init__(self, reread: Callable[[], RouteConfig | None]) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_end, number)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        self.status: asyncio.Future[int] = loop.create_future()
+        self.door: Door | None = None
+        self._reread = reread
+        self._draining: asyncio.Task[None] | None = None
+
+    def _on_end(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self.door is None or self._draining is not None:
+            logger.warning("%s: ending now", name)
+            self._end(EXIT_INTERRUPTED)
+            return
+        logger.info("%s: no new connections; requests to finish: %d", name, self.door.num_live)
+        self._draining = asyncio.create_task(self._drain(self.door))
+
+    async def _drain(self, door: Door) -> None:
+        door.drain()
+        timeout = door.config.shutdown_timeout
+        if not await door.drained(timeout):
+            logger.warning("%d requests did not finish within %.0f s", door.num_live, timeout)
+        self._end(EXIT_OK)
+
+    def _on_hangup(self) -> None:
+        config = self._reread()
+        if config is not None and self.door is not None:
+            self.door.reconfigure(config)
+            logger.info("SIGHUP: the configuration was read again")
+
+    def _end(self, status: int) -> None:
+        if not self.status.done():
+            self.status.set_result(status)
+
+
+async def run(
+    config: RouteConfig,
+    *,
+    on_ready: Callable[[Door, str], None] = lambda door, url: None,
+    reread: Callable[[], RouteConfig | None] = lambda: None,
+    shared: bool = False,
+    metrics_folder: str = "",
+) -> int:
+    """Serve until a signal; the process's exit status.
+
+    `on_ready` gets the door and its URL once it listens and has asked its replicas. `shared`: the
+    port is that of other processes, too. Raises ConfigError if the address cannot be had.
+    """
+    listener = listen(config.host, config.port, shared=shared)
+    life = DoorLife(reread)
+    life.door = door = Door(config, metrics_folder=metrics_folder)
+    try:
+        await door.start(listener)
+        await door.fleet.settle(SETTLE_SECONDS)
+        on_ready(door, url_of(listener))
+        return await life.status
+    finally:
+        await door.close()
