@@ -30,7 +30,7 @@ class Kept:
             event = rest
         if event:
             self.forwarded.append(event)
-            self.events += 1
+            self.events += not event.startswith(":")
 
     @property
     def member(self) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.api.journal import MARK, Kept
 
-from headrace.api import reply
+from headrace.api import messages_output, reply
 from headrace.text.tool_calls import ToolCallFormat
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 DOOR = {"headrace-journal": "1"}
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
@@ -31,12 +32,18 @@ TOOLS = [
 ]
 CALL = '<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>'
 CALLS = "Hm." + CALL + '<tool_call>{"name":"g","arguments":{}}</tool_call>'
+ENDS = ("[DONE]", "event: message_stop", "event: response.completed", "event: response.incomplete")
 CHOICES = {"stream_options": {"include_usage": True}}
 
 
 def asking(path: str = CHAT, **more: Any) -> tuple[str, dict[str, Any]]:
     prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
     return path, {"model": "tiny", "stream": True, "max_tokens": 60, **CHOICES, **prompt, **more}
+
+
+def messages(**more: Any) -> tuple[str, dict[str, Any]]:
+    ask = [{"role": "user", "content": "Hi"}]
+    return MESSAGES, {"model": "tiny", "stream": True, "max_tokens": 200, "messages": ask, **more}
 
 
 async def events_of(
@@ -53,19 +60,22 @@ def plain(events: list[str]) -> list[str]:
     for event in events:
         kept.forward(event)
     several = len(kept.choices) > 2  # the usage counts as one
-    return [without_times(event, several=several) for event in kept.forwarded]
+    told = [event for event in kept.forwarded if not event.startswith(":")]
+    return [without_times(event, several=several) for event in told]
 
 
 def without_times(event: str, *, several: bool) -> str:
-    data = event.removeprefix("data: ")
+    name, _, data = event.rpartition("data: ")
     if data == "[DONE]" or '"usage"' not in data:
         return event
     chunk = json.loads(data)
-    usage = chunk.get("usage") or {}
+    response = chunk.get("response") or {}
+    response.pop("completed_at", None)
+    usage = chunk.get("usage") or response.get("usage") or {}
     usage.pop("headrace", None)
     if several:
         usage.pop("prompt_tokens_details", None)
-    return "data: " + json.dumps(chunk)
+    return f"{name}data: {json.dumps(chunk)}"
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +97,7 @@ async def cut_and_resumed(
         told += seen
         for event in seen:
             kept.forward(event)
-        if told[-1:] == ["data: [DONE]"]:
+        if told and any(end in told[-1] for end in ENDS):
             break
         if more != math.inf:
             events = await events_of(client, path, {**body, "headrace_resume": kept.member})
@@ -109,7 +119,7 @@ def by_choice(events: list[str]) -> dict[Any, list[str]]:
     """Events by choice, for choices take turns as it happens; all others are None's."""
     sorted_out: dict[Any, list[str]] = {}
     for event in plain(events):
-        choices = "[DONE]" not in event and json.loads(event.removeprefix("data: "))["choices"]
+        choices = event.startswith('data: {"id"') and json.loads(event[6:])["choices"]
         sorted_out.setdefault(choices[0]["index"] if choices else None, []).append(event)
     return sorted_out
 
@@ -151,6 +161,12 @@ CASES: dict[str, tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = {
     "reasoning": (asking(), {"answer": "<think>I see.</think>\n\nYes."}),
     "several at once": (asking(stop=["ld"]), {"burst": 3}),
     "unknown fields": (asking(frobnicate=1), {}),
+    "messages": (messages(stop_sequences=["ld"]), {}),
+    "messages, as many as asked for": (messages(max_tokens=5), {"answer": "aé漢🙂z", "burst": 2}),
+    "messages, reasoning and tool calls": (
+        messages(tools=[{"name": name, "input_schema": {"type": "object"}} for name in "fg"]),
+        {"answer": f"<think>I see.</think>\n\n{CALLS}"},
+    ),
 }
 
 
@@ -165,7 +181,15 @@ async def test_a_stream_goes_on_wherever_it_was_cut(site: Any, http_to: Any, nam
     for knob, value in engine.items():
         setattr(site.engine, knob, value)
     whole = await check(site, http_to, path, body)
-    assert whole[-1] == "data: [DONE]" and len(whole) > 2
+    assert any(end in whole[-1] for end in ENDS) and len(whole) > 2
+
+
+async def test_pings_are_comments(site: Any, http_to: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come when they come; doors do not count them."""
+    monkeypatch.setattr(messages_output, "PING_SECONDS", 0.004)
+    site.engine.step_seconds = 0.003
+    whole = await check(site, http_to, *messages(max_tokens=5))
+    assert ": ping" in whole and sum("event: ping" in event for event in whole) == 1
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -36,6 +36,7 @@ from headrace.api.prompts import Truncation, check_lengths, encode_chat
 from headrace.api.protocol import ChatCompletionRequest, plain_messages
 from headrace.api.reasoning import template_kwargs, thinking_budget
 from headrace.api.reply import Reply
+from headrace.api.resume import Journal
 from headrace.api.services import services_of
 from headrace.api.structured_output import make_output_grammar
 from headrace.api.template_fields import text_for, with_documents
@@ -103,10 +104,12 @@ async def start_chat(
     response_id: str,
     *,
     limit_to_context: bool = False,
+    journal: Journal | None = None,
 ) -> ChatTurn:
     """Render, tokenize and submit. What other APIs ask for in messages becomes such a body, too.
 
-    `limit_to_context`: a max_tokens beyond what the context holds is no error.
+    `limit_to_context`: a max_tokens beyond what the context holds is no error. `journal`: of the
+    body that this one was made from.
     Raises what is wrong with the body, or what EngineClient.submit raises; then nothing is left
     submitted. Call it within `Services.counting_rejections`.
     """
@@ -119,6 +122,8 @@ async def start_chat(
         sampling = dataclasses.replace(sampling, max_tokens=max(room, 1))
     check_lengths([prompt.token_ids], sampling.max_tokens, info, param="messages")
     context = RequestContext.of(request, body, response_id)
+    if journal is not None:
+        context = dataclasses.replace(context, journal=journal)
     content = await make_output_grammar(body, sampling)
     use = prompt.tools and prompt.tools.beside(format_is_asked_for=content is not None)
     reader = message_reader(body, text, prompt.token_ids, use)

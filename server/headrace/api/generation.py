@@ -18,7 +18,7 @@ from fastapi import Request
 from headrace.api.ledger import RequestLedger
 from headrace.api.model_table import ServedModel
 from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
-from headrace.api.resume import Journal, Sent, no_journal
+from headrace.api.resume import STOP_TOKEN, Journal, Sent, no_journal
 from headrace.api.services import services_of
 from headrace.api.structured_output import OutputGrammar
 from headrace.engine.client import (
@@ -30,7 +30,6 @@ from headrace.engine.client import (
     TokenLogprobs,
 )
 from headrace.errors import (
-    ContextLengthExceededError,
     EngineError,
     HeadraceError,
     InvalidRequestError,
@@ -153,6 +152,8 @@ class Choice:
         self.completion_tokens = 0
         self.cached_tokens: int | None = None
         self.finish_reason: str | None = None
+        self.ending: str | None = None
+        """finish_reason for a journal: STOP_TOKEN tells that the last token has no text."""
         self.timing: Timing | None = None
         """Set with finish_reason."""
         self._arrival_time = request.arrival_time
@@ -228,6 +229,8 @@ class Choice:
         elif ending is not None:
             self.finish_reason = str(ending)
         if self.finish_reason is not None:
+            at_token = self._text.stopped is None and output.stop_token_id is not None
+            self.ending = STOP_TOKEN if at_token else self.finish_reason
             self.timing = self._timing(output.record)
             if not deltas:  # it ended between tokens
                 deltas.append(TextDelta(None, self._text.finish(), None, None))
@@ -237,13 +240,24 @@ class Choice:
     def resume(self, sent: Sent) -> list[TextDelta]:
         """The deltas of what was sent before, by another server. Raises InvalidRequestError for
         tokens behind the end."""
-        texts = self._text.push_output(sent.token_ids, ends=False)
-        if sent.finish_reason is None and self._text.stopped is not None:
+        ending = sent.finish_reason
+        texts = self._text.push_output(
+            sent.token_ids,
+            ends=ending is not None,
+            ends_with_stop_token=ending == STOP_TOKEN,
+        )
+        if ending is None and self._text.stopped is not None:
+            self.close()
             raise no_journal(f"choice {self.index} has ended")
         self.completion_tokens = len(texts)
-        self.finish_reason = sent.finish_reason
         pairs = zip(sent.token_ids, texts, strict=False)
-        return [TextDelta(token_id, text, None, None) for token_id, text in pairs]
+        deltas = [TextDelta(token_id, text, None, None) for token_id, text in pairs]
+        if ending is not None:
+            self.finish_reason = str(FinishReason.STOP) if ending == STOP_TOKEN else ending
+            if not deltas:
+                deltas.append(TextDelta(None, self._text.finish(), None, None))
+            deltas[-1] = deltas[-1]._replace(finish_reason=self.finish_reason)
+        return deltas
 
     def _timing(self, record: RequestRecord | None) -> Timing:
         scheduled, first = self._times
@@ -413,26 +427,6 @@ def check_choices(num_prompts: int, n: int) -> None:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
-
-
-def check_length(num_prompt_tokens: int, max_tokens: int | None, limit: int, *, param: str) -> None:
-    """Raises if prompt and output do not fit a context of `limit` tokens."""
-    if num_prompt_tokens == 0:
-        raise InvalidRequestError("The prompt has no tokens; give it some text.", param=param)
-    if num_prompt_tokens >= limit:
-        raise ContextLengthExceededError(
-            f"This model's maximum context length is {limit} tokens, and the prompt alone has "
-            f"{num_prompt_tokens}; at least one must be left for the output. Shorten the prompt.",
-            param=param,
-        )
-    if max_tokens is not None and num_prompt_tokens + max_tokens > limit:
-        raise ContextLengthExceededError(
-            f"This model's maximum context length is {limit} tokens, and the request asks for "
-            f"{num_prompt_tokens + max_tokens} ({num_prompt_tokens} in the prompt, {max_tokens} "
-            f"for the output). Shorten the prompt, or ask for at most "
-            f"{limit - num_prompt_tokens} output tokens.",
-            param=param,
-        )
 
 
 def _failure(reason: FinishReason, message: str | None, grammar_param: str | None) -> HeadraceError:

@@ -19,6 +19,7 @@ from headrace.api.field_policy import check_extra_fields
 from headrace.api.messages_input import chat_request
 from headrace.api.messages_output import MessageReply
 from headrace.api.messages_protocol import HARMLESS, REFUSED, CountTokensRequest, MessagesRequest
+from headrace.api.resume import FIELD, Journal, is_journaled
 from headrace.api.services import services_of
 
 router = APIRouter()
@@ -33,10 +34,11 @@ async def create_message(request: Request) -> Response:
     with services.counting_rejections():
         services.check_admission()
         body, ignored = await _receive(request, MessagesRequest)
+        journal = Journal.of(request.headers, body.model_extra) if body.stream else None
         text, _ = services.models.find(body.model).loaded()
         chat = chat_request(body, text)
         response_id = f"msg_{secrets.token_hex(12)}"
-        turn = await start_chat(request, chat, response_id, limit_to_context=True)
+        turn = await start_chat(request, chat, response_id, limit_to_context=True, journal=journal)
     return await MessageReply(turn, body, ignored).send(request)
 
 
@@ -52,12 +54,13 @@ async def count_tokens(request: Request) -> Response:
 async def _receive(request: Request, kind: type[Body]) -> tuple[Body, list[str]]:
     """The body and the names of its unknown fields."""
     config = services_of(request).config
+    harmless = {**HARMLESS, FIELD: ""} if is_journaled(request.headers) else HARMLESS
     body = parse_json(kind, await read_body(request, config.max_body_bytes))
     ignored = check_extra_fields(
         body.model_extra,
         strict=config.strict_fields or bool(body.strict_fields),
         known=kind.model_fields,
-        harmless=HARMLESS,
+        harmless=harmless,
         refused=REFUSED,
     )
     return body, ignored

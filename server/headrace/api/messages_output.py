@@ -20,6 +20,7 @@ from headrace.api.generation import Choice, TextDelta
 from headrace.api.messages_errors import messages_error
 from headrace.api.messages_protocol import MessagesRequest
 from headrace.api.reply import server_timing, usage_object
+from headrace.api.resume import HEADER, VERSION, Head, head_line, line
 from headrace.api.services import services_of
 from headrace.api.streaming import EventStream, Outbox, SlowClientError, unless_disconnected
 from headrace.errors import EngineError, HeadraceError
@@ -55,12 +56,19 @@ class MessageReply:
         self._text = None if turn.reader is None else turn.reader.message_text()
         self._thought = 0
         self._called = self._broken = False
+        self.journal = turn.context.journal
+        head = self.journal.head if self.journal else None
+        self._id = head.id if head else turn.context.response_id
+        if head:
+            self._generation.cached_tokens = head.cached_tokens
 
     async def send(self, request: Request) -> Response:
         """Run the generation and answer with it. It ends if the client goes away."""
         headers = {"headrace-sampling": _encode(self._generation.sampling_in_effect()).decode()}
         if self._body.stream:
             limit = services_of(request).config.max_unsent_bytes
+            if self.journal is not None:
+                headers[HEADER] = VERSION
             return EventStream(self._stream, max_unsent=limit, headers=headers)
         message = await unless_disconnected(request.receive, self._whole())
         if (timing := self._generation.usage.timing) is not None:
@@ -70,7 +78,7 @@ class MessageReply:
     def frame(self) -> dict[str, Any]:
         """The message without what is known at its end."""
         frame: dict[str, Any] = {
-            "id": self._turn.context.response_id,
+            "id": self._id,
             "type": "message",
             "role": "assistant",
             "model": self._body.model or self._turn.model.name,
@@ -99,6 +107,16 @@ class MessageReply:
         if (account := usage_object(usage).get("headrace")) is not None:
             shaped["headrace"] = account
         return shaped
+
+    def head(self) -> Head:
+        """What a stream that goes on elsewhere must not change."""
+        return Head(
+            id=self._id,
+            created=0,  # not told
+            seed=self._generation.seed,
+            fingerprint=self._turn.model.fingerprint,
+            cached_tokens=self._generation.usage.cached_tokens,
+        )
 
     def ending(self) -> dict[str, Any]:
         """stop_reason and stop_sequence."""
@@ -138,14 +156,19 @@ class MessageReply:
     async def _stream(self, outbox: Outbox) -> None:
         events = _Events(self)
 
-        def put(_: Choice, deltas: list[TextDelta]) -> None:
-            if news := events.of(self.read(deltas)):
+        def put(choice: Choice, deltas: list[TextDelta]) -> None:
+            if self.journal is not None:
+                outbox.put(events.journaled(choice, deltas))
+            elif news := events.of(self.read(deltas)):
                 outbox.put(news)
 
+        if rest := events.resumed(self._choice):
+            outbox.put(rest)
         pings = asyncio.create_task(_ping(outbox, events))
         try:
             await self._generation.run(put)
-            outbox.put(events.end())
+            if rest := events.unsent(events.end()):
+                outbox.put(rest)
         except SlowClientError:
             raise
         except Exception as error:
@@ -219,6 +242,40 @@ class _Events:
         """Of the open block; empty between blocks."""
         self._before = b""
         self._thought = hashlib.sha256()
+        self._told = reply.journal.events if reply.journal else 0
+        """Events that another server has sent, and that are still to be passed over."""
+
+    def journaled(self, choice: Choice, deltas: list[TextDelta]) -> bytes:
+        """Each token is told with its first event, or on its own if it has none."""
+        parts = [] if self.started else [self.start()]
+        for delta in deltas:
+            ending = choice.ending if delta.finish_reason else None
+            told = self.of(self._reply.read([delta]))
+            parts += (line(choice.index, delta.token_id, ending), told or b"\n")
+        return b"".join(parts)
+
+    def resumed(self, choice: Choice) -> bytes:
+        """Take up what another server has sent. What is left to send of it."""
+        if not self._told:
+            return b""
+        assert self._reply.journal is not None
+        sent = self._reply.journal.sent.get(choice.index)
+        parts = [self.start()]
+        if sent is not None:
+            parts.append(self.of(self._reply.read(choice.resume(sent))))
+        return self.unsent(b"".join(parts))
+
+    def unsent(self, events: bytes) -> bytes:
+        """Without those that another server has sent."""
+        while self._told and events:
+            events = events.partition(b"\n\n")[2]
+            self._told -= 1
+        return events
+
+    @property
+    def ping(self) -> bytes:
+        """A comment for doors: they count events, and those must be the same anywhere."""
+        return PING if self._reply.journal is None else b": ping\n\n"
 
     def of(self, pieces: Sequence[MessagePiece]) -> bytes:
         parts = [] if self.started else [self.start()]
@@ -243,7 +300,9 @@ class _Events:
 
     def start(self) -> bytes:
         self.started = True
-        return _event("message_start", message=self._reply.frame()) + PING
+        start = _event("message_start", message=self._reply.frame()) + PING
+        journal = self._reply.journal
+        return start if journal is None or journal.head else head_line(self._reply.head()) + start
 
     def end(self) -> bytes:
         last = _event("message_delta", delta=self._reply.ending(), usage=self._reply.usage())
@@ -289,7 +348,7 @@ async def _ping(outbox: Outbox, events: _Events) -> None:
     events."""
     while True:
         await asyncio.sleep(PING_SECONDS)
-        outbox.put(PING if events.started else events.start())
+        outbox.put(events.ping if events.started else events.start())
 
 
 def _error_event(error: Exception) -> bytes:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from headrace.api.bounds import FIRST_ERROR, MAX_TOOLS
 from headrace.api.field_policy import HARMLESS as HARMLESS_IN_CHAT
+from headrace.api.field_policy import REFUSED as REFUSED_IN_CHAT
 from headrace.api.field_policy import Refused
 from headrace.api.protocol import MAX_MESSAGES, Int, Stop
 
@@ -145,6 +146,7 @@ REFUSED: dict[str, Refused] = {
     "diagnostics": Refused("usage tells how much of the prompt was cached."),
     "fallback_credit_token": Refused("Leave it out."),
     "fallbacks": Refused("Ask for one model.", ([],)),
+    "headrace_resume": REFUSED_IN_CHAT["headrace_resume"],
     "mcp_servers": Refused("Call them in the client, and give their tools as tools.", ([],)),
     "output_format": Refused("Use output_config.format."),
     "service_tier": Refused("There is one tier.", ("auto", "standard_only")),

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from headrace.api.generation import check_length
 from headrace.api.protocol import ChatCompletionRequest, CompletionRequest
 from headrace.engine.client import ModelInfo
 from headrace.errors import ContextLengthExceededError, InvalidRequestError
@@ -150,7 +149,7 @@ def check_lengths(
     prompts: Sequence[list[int]], max_tokens: int | None, info: ModelInfo, *, param: str
 ) -> None:
     for prompt in prompts:
-        check_length(len(prompt), max_tokens, info.max_model_len, param=param)
+        _check_length(len(prompt), max_tokens, info.max_model_len, param=param)
 
 
 async def _off_loop_if_long(work: Callable[[], T], characters: int) -> T:
@@ -172,5 +171,27 @@ def _check_size(tokenizer: Tokenizer, prompt: str, limit: int, *, param: str) ->
         raise ContextLengthExceededError(
             f"This model's maximum context length is {limit} tokens, and the prompt has at least "
             f"{fewest}. Shorten the prompt.",
+            param=param,
+        )
+
+
+def _check_length(
+    num_prompt_tokens: int, max_tokens: int | None, limit: int, *, param: str
+) -> None:
+    """Raises if prompt and output do not fit a context of `limit` tokens."""
+    if num_prompt_tokens == 0:
+        raise InvalidRequestError("The prompt has no tokens; give it some text.", param=param)
+    if num_prompt_tokens >= limit:
+        raise ContextLengthExceededError(
+            f"This model's maximum context length is {limit} tokens, and the prompt alone has "
+            f"{num_prompt_tokens}; at least one must be left for the output. Shorten the prompt.",
+            param=param,
+        )
+    if max_tokens is not None and num_prompt_tokens + max_tokens > limit:
+        raise ContextLengthExceededError(
+            f"This model's maximum context length is {limit} tokens, and the request asks for "
+            f"{num_prompt_tokens + max_tokens} ({num_prompt_tokens} in the prompt, {max_tokens} "
+            f"for the output). Shorten the prompt, or ask for at most "
+            f"{limit - num_prompt_tokens} output tokens.",
             param=param,
         )

@@ -228,7 +228,8 @@ class _Events:
             return event
         head = self._reply.head(self._generation) if self._head_is_due else None
         self._head_is_due = False
-        return line(choice.index, delta.token_id, delta.finish_reason, head) + event
+        ending = choice.ending if delta.finish_reason else None
+        return line(choice.index, delta.token_id, ending, head) + event
 
     def _plain_event(self, choice: Choice, delta: TextDelta, *, first: bool) -> bytes:
         content = self._reply.chunk_choice(choice, delta, first=first)

@@ -25,6 +25,8 @@ from headrace.sampling_params import SamplingParams
 HEADER = "headrace-journal"
 FIELD = "headrace_resume"
 VERSION = "1"
+STOP_TOKEN = "stop_token"
+"""The finish_reason in a journal where a stop token is the last one."""
 
 SEED_BITS = 53  # a drawn seed survives JSON in every language
 
@@ -55,15 +57,23 @@ class _Resume(msgspec.Struct, frozen=True):
     head: Head | None = None
     c: list[Sent] = []
     events: Annotated[int, Meta(ge=0)] = 0
-    """Not needed here: `c` names a choice from its first event on, with tokens or without."""
+    """Forwarded; comments are none."""
 
 
 class Journal:
-    """A stream of which the door keeps the tokens. `head`, `sent`: what it has kept already."""
+    """A stream of which the door keeps the tokens. `head`, `sent`, `events`: what it has kept."""
 
-    def __init__(self, head: Head | None = None, sent: Mapping[int, Sent] | None = None) -> None:
+    def __init__(
+        self,
+        head: Head | None = None,
+        sent: Mapping[int, Sent] | None = None,
+        events: int = 0,
+    ) -> None:
         self.head = head
         self.sent: Mapping[int, Sent] = sent or {}
+        """What a choice has said is in it from its first event on, with tokens or without."""
+        self.events = events
+        """For APIs where a token may have no event, or several: it is kept with its first one."""
 
     @classmethod
     def of(cls, headers: Mapping[str, str], fields: Mapping[str, Any] | None) -> Journal | None:
@@ -85,7 +95,7 @@ class Journal:
             raise no_journal("a choice is there twice")
         if sent and resume.head is None:
             raise no_journal("there are tokens and no head")
-        return cls(resume.head, sent)
+        return cls(resume.head, sent, resume.events)
 
     def check(
         self, *, num_choices: int, vocab_size: int, max_tokens: int, fingerprint: str | None
@@ -149,6 +159,11 @@ def line(
     if head is not None:
         told["head"] = head
     return b": headrace " + msgspec.json.encode(told) + b"\n"
+
+
+def head_line(head: Head) -> bytes:
+    """Of a first event that comes before any token."""
+    return b": headrace " + msgspec.json.encode({"c": [], "head": head}) + b"\n"
 
 
 def usage_line(num_choices: int) -> bytes:
