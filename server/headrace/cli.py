@@ -1,4 +1,4 @@
-"""The command line: serve, chat, generate, plan, kernels, bench. Thin: parses, calls, prints."""
+"""The command line: serve, deploy, chat, plan, kernels, bench. Thin: parses, calls, prints."""
 
 from __future__ import annotations
 
@@ -86,6 +86,21 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     route = commands.add_parser("route", help="one address for many models and replicas")
     _add_route(route)
     route.set_defaults(run=_route)
+
+    deploy = commands.add_parser("deploy", help="check a Serve config file and roll it out")
+    deploy.add_argument("file", metavar="FILE.yaml", help="in the format of Ray's `serve deploy`")
+    deploy.add_argument(
+        "--address",
+        default="http://127.0.0.1:8265",
+        metavar="URL",
+        help="of the cluster's dashboard (default: http://127.0.0.1:8265)",
+    )
+    deploy.add_argument("--dry-run", action="store_true", help="check, and send nothing")
+    deploy.add_argument(
+        "--no-node-checks", action="store_true", help="leave out what only the nodes can answer"
+    )
+    deploy.add_argument("--timeout", type=float, default=900.0, help="seconds (default: 900)")
+    deploy.set_defaults(run=_deploy)
 
     chat = commands.add_parser("chat", help="talk to a model, one started here or any server's")
     chat.add_argument(
@@ -257,6 +272,20 @@ def _route(args: argparse.Namespace) -> int:
     given = {name: value for name, value in flags.items() if value is not None}
     read = (lambda: _read_yaml(args.config)) if args.config else None
     return command.route(read, args.config or "", args.replica, given)
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    from headrace.deploy import rollout
+
+    rollout.run(
+        args.file,
+        args.address,
+        dry_run=args.dry_run,
+        ask_nodes=not args.no_node_checks,
+        timeout=args.timeout,
+        tell=lambda line: print(f"headrace: {line}", file=sys.stderr, flush=True),
+    )
+    return 0
 
 
 # --- the other commands -----------------------------------------------------------------------

@@ -222,7 +222,8 @@ def main() -> None:
     epoch, revision = "", -1
     while not demand.ended:
         try:
-            demand.registry = registry = ray.get_actor(REGISTRY, namespace=NAMESPACE)
+            registry: Any = ray.get_actor(REGISTRY, namespace=NAMESPACE)
+            demand.registry = registry
             demand.tell()
             watching: Any = registry.watch.remote(epoch, revision, WATCH_SECONDS)
             snapshot: dict[str, Any] = ray.get(watching, timeout=3 * WATCH_SECONDS)
