@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from headrace.deploy import autoscaling
 from headrace.deploy.autoscaling import (
     GAUGES,
     PERIOD_S,
     POLICY,
+    Demand,
     SloPolicy,
     problems,
     report,
@@ -123,6 +126,44 @@ def test_requests_that_serves_handles_hold_wake_it() -> None:
     asleep = context({}, 0, total_num_requests=3.0)
     assert SloPolicy()(asleep)[0] == 1
     assert SloPolicy()(context({}, 0))[0] == 0
+
+
+def test_requests_that_wait_at_doors_wake_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscaling, "PERIOD_S", 0.01)
+    monkeypatch.setattr(autoscaling, "read_registry", lambda: {"app": 2})
+    policy, decided = SloPolicy(), 0
+    deadline = time.monotonic() + 10
+    while not decided and time.monotonic() < deadline:
+        decided, _ = policy(context({}, 0))
+        time.sleep(0.01)
+    assert decided == 1
+    other = context({}, 0, app_name="other")
+    assert policy(other)[0] == 0
+
+
+def test_reading_demand_survives_errors_and_ends_with_its_policy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(autoscaling, "PERIOD_S", 0.01)
+    answers = iter([{"app": 1}, OSError("away"), {"app": 3}])
+
+    def read() -> dict[str, int]:
+        answer = next(answers, {"app": 3})
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    demand = Demand(read)
+    seen = set()
+    deadline = time.monotonic() + 10
+    while 3 not in seen and time.monotonic() < deadline:
+        seen.add(demand.of("app"))
+    assert 3 in seen
+    thread = demand._thread
+    assert thread is not None
+    del demand
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_typo_in_policy_kwargs_is_refused_by_name() -> None:

@@ -19,12 +19,16 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from headrace.deploy.registry import NAME as REGISTRY
+from headrace.deploy.registry import NAMESPACE
 from headrace.deploy.sizing import Decision, Fleet, Memory, ReplicaStats, Targets, decide
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 POLICY = "headrace.deploy.autoscaling:SloPolicy"
 PERIOD_S = 1.0
 """Between two decisions under Ray."""
+READ_TIMEOUT_S = 5.0
 RATE_S = 15.0
 """Over which rates are taken. Replicas note numbers every look_back_period_s / 5, or 6 s."""
 STATE = "headrace"
@@ -51,6 +56,55 @@ GAUGES = (
 )
 """What `record_autoscaling_stats` reports, besides the counters `prompt_tokens` (computed
 ones), `requests` and `output_tokens`."""
+
+
+class Demand:
+    """What waits at doors, read in the background: the policy must not wait for an answer."""
+
+    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+        """`read`: application -> requests; it may take long and may raise."""
+        self._read = read
+        self._known: Mapping[str, int] = {}
+        self._thread: threading.Thread | None = None
+
+    def of(self, application: str) -> int:
+        """As of about a second ago; 0 while nobody answers."""
+        if self._thread is None:
+            arguments = (weakref.ref(self), self._read)
+            self._thread = threading.Thread(target=_follow, args=arguments, daemon=True)
+            self._thread.start()
+        return self._known.get(application, 0)
+
+    def take(self, known: Mapping[str, int]) -> None:
+        self._known = known
+
+
+def _follow(demand: weakref.ref[Demand], read: Callable[[], Mapping[str, int]]) -> None:
+    """Until nobody has `demand` any more: a deployment that changes gets a new policy."""
+    complaint = ""
+    while demand() is not None:
+        known: Mapping[str, int] = {}
+        try:
+            known, complaint = read(), ""
+        except Exception as error:  # Ray has many, and none may end the reading
+            if str(error) != complaint:
+                complaint = str(error)
+                logger.info("Nobody tells what waits at doors: %s", complaint)
+        if (one := demand()) is not None:
+            one.take(known)
+        del one
+        time.sleep(PERIOD_S)
+
+
+def read_registry() -> dict[str, int]:
+    """Application -> requests that wait at all doors. Raises what Ray raises."""
+    import ray
+
+    if not ray.is_initialized():  # asking would start one
+        return {}
+    registry = ray.get_actor(REGISTRY, namespace=NAMESPACE)
+    told: Any = ray.get(registry.demand.remote(), timeout=READ_TIMEOUT_S)
+    return dict(told)
 
 
 def report(load: Mapping[str, Any], totals: tuple[int, int]) -> dict[str, float]:
@@ -98,6 +152,7 @@ class SloPolicy:
     def __init__(self, **policy_kwargs: Any) -> None:
         """Raises pydantic.ValidationError, which names the argument, unless they are Targets."""
         self.targets = Targets(**policy_kwargs)
+        self._demand = Demand(read_registry)
         self._last: tuple[float, int] | None = None
         self._told = ""
 
@@ -125,8 +180,11 @@ class SloPolicy:
         return decision.replicas, state
 
     def _waiting(self, ctx: AutoscalingContext) -> int:
-        """Requests that Serve's own handles hold because there is no replica."""
-        return 0 if ctx.current_num_replicas else math.ceil(ctx.total_num_requests)
+        """Requests that Serve's handles or doors hold because there is no replica."""
+        held = 0 if ctx.current_num_replicas else math.ceil(ctx.total_num_requests)
+        if ctx.capacity_adjusted_min_replicas or not ctx.app_name:
+            return held  # it never sleeps
+        return max(held, self._demand.of(ctx.app_name))
 
     def _tell(self, ctx: AutoscalingContext, decision: Decision) -> None:
         target = ctx.target_num_replicas
