@@ -75,7 +75,7 @@ class Replica:
 
     @property
     def usable(self) -> bool:
-        return self.up and self.view.usable
+        return self.up and self.view.load.usable
 
     def failed(self, reason: str) -> None:
         """A connection to it was refused or broke."""
