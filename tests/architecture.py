@@ -89,12 +89,14 @@ ENGINE_PARTS = ("engine", "models", "layers", "loading", "quantization", "sampli
 # Besides config.py, which reads it.
 MAY_TOUCH_THE_ENVIRONMENT = {
     "headrace.deploy.switches": "sets Ray's own switches, which Ray takes from nowhere else",
+    "headrace.deploy.node_report": "tells which of them a node has",
     "headrace_kernels.dispatch": "asks what Triton asks, whether its kernels are interpreted",
 }
 MAY_PRINT = {
     "headrace.cli": "it is the command line",
     "headrace.bench": "its table is its result",
     "headrace.deploy.local_cluster": "it is the command line of `make serve-ray`",
+    "headrace.deploy.node_report": "its line is its answer",
     "headrace.route.ray_source": "its lines are what the door reads",
     "headrace_kernels.cuda.compile_gate": "it is a command line",
     "headrace_kernels.triton.compile_gate": "it is a command line",

@@ -87,20 +87,7 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     _add_route(route)
     route.set_defaults(run=_route)
 
-    deploy = commands.add_parser("deploy", help="check a Serve config file and roll it out")
-    deploy.add_argument("file", metavar="FILE.yaml", help="in the format of Ray's `serve deploy`")
-    deploy.add_argument(
-        "--address",
-        default="http://127.0.0.1:8265",
-        metavar="URL",
-        help="of the cluster's dashboard (default: http://127.0.0.1:8265)",
-    )
-    deploy.add_argument("--dry-run", action="store_true", help="check, and send nothing")
-    deploy.add_argument(
-        "--no-node-checks", action="store_true", help="leave out what only the nodes can answer"
-    )
-    deploy.add_argument("--timeout", type=float, default=900.0, help="seconds (default: 900)")
-    deploy.set_defaults(run=_deploy)
+    _add_deploy(commands)
 
     chat = commands.add_parser("chat", help="talk to a model, one started here or any server's")
     chat.add_argument(
@@ -145,6 +132,23 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     if with_bench:  # its imports would delay the start of the others
         _add_benchmarks(bench)
     return parser
+
+
+def _add_deploy(commands: Any) -> None:
+    deploy = commands.add_parser("deploy", help="check a Serve config file and roll it out")
+    deploy.add_argument("file", metavar="FILE.yaml", help="in the format of Ray's `serve deploy`")
+    deploy.add_argument(
+        "--address",
+        default="http://127.0.0.1:8265",
+        metavar="URL",
+        help="of the cluster's dashboard (default: http://127.0.0.1:8265)",
+    )
+    deploy.add_argument("--dry-run", action="store_true", help="check, and send nothing")
+    deploy.add_argument(
+        "--no-node-checks", action="store_true", help="leave out what only the nodes can answer"
+    )
+    deploy.add_argument("--timeout", type=float, default=900.0, help="seconds (default: 900)")
+    deploy.set_defaults(run=_deploy)
 
 
 def _add_benchmarks(bench: argparse.ArgumentParser) -> None:
