@@ -38,9 +38,19 @@ class RequestMiddleware:
         self._keys = [key.encode() for key in services.config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or INSIDE in scope:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        number = self._services.open_requests.begin()
+        try:
+            if INSIDE in scope:
+                await self._app(scope, receive, send)
+            else:
+                await self._answer(scope, receive, send)
+        finally:
+            self._services.open_requests.end(number)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = _Exchange(scope, send)
         request_id_var.set(exchange.request_id)
         status = CLIENT_GONE

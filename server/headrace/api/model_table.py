@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from headrace.engine.client import EngineClient, EngineState, ModelInfo, Task
 from headrace.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
@@ -34,6 +35,8 @@ class ServedModel:
     digest: str = ""
     """Of weights, tokenizer and template together, in hex."""
     revision: str = ""
+    version: int | None = None
+    """Of a versioned folder; its number."""
     aliases: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -50,10 +53,7 @@ class ServedModel:
         """The text side and the engine's description. Raises UnavailableError while loading."""
         info = self.client.info
         if self.text is None or info is None:
-            raise UnavailableError(
-                f"The model {self.name!r} is still loading; try again soon, or wait for /readyz.",
-                retry_after=2.0,
-            )
+            raise _still_loading(self.name)
         return self.text, info
 
     def loaded_for(self, task: Task) -> tuple[TextProcessor, ModelInfo]:
@@ -70,11 +70,25 @@ class ServedModel:
         return text, info
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnservedVersion:
+    """A version of a model that is told of, but takes no requests."""
+
+    name: str
+    version: int
+    state: Literal["loading", "draining", "failed"]
+    reason: str = ""
+    """Why it failed."""
+
+
 class ModelTable:
     """The served models in the order they were added; the first one is the default."""
 
-    def __init__(self, *models: ServedModel) -> None:
+    def __init__(self, *models: ServedModel, expected: tuple[str, ...] = ()) -> None:
+        """`expected`: names that are always served, or will be soon."""
         self._models: list[ServedModel] = list(models)
+        self._expected = expected
+        self.unserved: tuple[UnservedVersion, ...] = ()
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models)
@@ -90,18 +104,33 @@ class ModelTable:
         """Stop serving `name`; requests that hold the entry go on."""
         self._models = [model for model in self._models if model.name != name]
 
+    def replace(self, models: Iterable[ServedModel], unserved: Iterable[UnservedVersion]) -> None:
+        """Serve these from now on; requests that hold other entries go on."""
+        self._models, self.unserved = list(models), tuple(unserved)
+
     def find(self, name: str | None) -> ServedModel:
-        """By name or alias; no name means the default. Raises ModelNotFoundError."""
+        """By name or alias; no name means the default. Raises ModelNotFoundError, or
+        UnavailableError for one that is yet to come."""
         if not name and self._models:
             return self._models[0]
         for model in self._models:
             if name == model.name or name in model.aliases:
                 return model
+        loading = [other.name for other in self.unserved if other.state == "loading"]
+        if name in (*self._expected, *loading) or (self._expected and not name):
+            raise _still_loading(name or self._expected[0])
         served = ", ".join(repr(model.name) for model in self._models) or "none yet"
         raise ModelNotFoundError(
             f"The model {_shortened(name or '')!r} is not served here. Served: {served}.",
             param="model",
         )
+
+
+def _still_loading(name: str) -> UnavailableError:
+    return UnavailableError(
+        f"The model {name!r} is still loading; try again soon, or wait for /readyz.",
+        retry_after=2.0,
+    )
 
 
 def _shortened(name: str) -> str:

@@ -13,6 +13,7 @@ from headrace.api.api_config import ApiConfig
 from headrace.api.background import BackgroundWork
 from headrace.api.ledger import MetricsSink, RequestLedger
 from headrace.api.model_table import ModelTable
+from headrace.api.open_requests import OpenRequests
 from headrace.api.store import Store
 from headrace.errors import HeadraceError, UnavailableError, error_body
 
@@ -29,6 +30,7 @@ class Services:
     """Gives the metrics of all API processes, where there are several."""
     draining: bool = False
     """Set on SIGTERM: not ready, no new requests, running ones go on."""
+    open_requests: OpenRequests = field(default_factory=OpenRequests)
     store: Store | None = None
     """Open while there is one; see `kept`."""
     store_problem: str = "This server was started without a data folder; give it --data-dir."

@@ -143,6 +143,9 @@ FAMILIES: tuple[Family, ...] = (
     # Engine.
     _gauge("model_info", "Always 1; what is being served.",
            (*MODEL, "version", "digest", "revision", "dtype", "device")),
+    _gauge("model_version", "Version of the folder that the model's name stands for; 0: none."),
+    _counter("model_loads_total", "Versions that were loaded (ok) or could not be (failed).",
+             (*MODEL, "outcome")),
     _gauge("engine_ready", "1 when the engine takes requests."),
     _counter("engine_steps_total", "Steps that the engine has run."),
     _counter("engine_restarts_total", "Times the engine process was started again."),

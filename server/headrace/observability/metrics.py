@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
@@ -154,12 +155,22 @@ class Metrics:
     # Engine
 
     def attach_engine(
-        self, engine: Engine, queued_elsewhere: Callable[[], int] = lambda: 0
+        self, engine: Engine | None, queued_elsewhere: Callable[[], int] = lambda: 0
     ) -> None:
-        """Read the engine's stats, age, state and restarts at every scrape. `queued_elsewhere`:
+        """Read the engine's stats, age, state and restarts at every scrape. None: there is none
+        just now. Counters go on from where those of the engine before ended. `queued_elsewhere`:
         prompt tokens that wait in other processes, which the engine's client here does not see."""
-        self._engine = engine
         self._queued_elsewhere = queued_elsewhere
+        if engine is self._engine:
+            return
+        self.read_engine()
+        self._engine = engine
+        for seen in (self._restarts, *(seen for seen, _ in self._engine_counters.values())):
+            seen.restart()
+        if engine is None:
+            busy = (self._running, self._waiting, self._queued_tokens)
+            for gauge in (self._ready, *busy, self._kv_used, self._kv_usage):
+                gauge.set(0)
 
     def observe_stats(self, stats: Stats) -> None:
         """Take over the engine's gauges and advance its counters, which may restart from zero.
@@ -185,6 +196,14 @@ class Metrics:
         """Replace what `model_info` says is served. version: Headrace's; digest: the model's."""
         self._gauge_family("model_info").clear()
         self._gauge("model_info", version, digest, revision, dtype, device).set(1)
+
+    def set_version(self, version: int) -> None:
+        """The version of the folder that is served, 0 for none."""
+        self._gauge("model_version").set(version)
+
+    def observe_load(self, outcome: Literal["ok", "failed"]) -> None:
+        """Count the end of a version's load."""
+        self._counter("model_loads_total", outcome).inc()
 
     def read_engine(self) -> None:
         """Bring what is known of the engine up to date: a scrape is about to come."""
@@ -310,6 +329,10 @@ class _Resetting:
         increase = value - self._seen if value >= self._seen else value
         self._seen = value
         return increase
+
+    def restart(self) -> None:
+        """Follow another counter from now on, from its zero."""
+        self._seen = 0
 
 
 class _Tally:
