@@ -38,14 +38,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": VALUES | {"engine", "text", "loading"},
     "http_connection": set(),
     "listening": {"errors"},
-    "serve": VALUES | {"api", "text", "loading", "listening", "http_connection"} | CLIENT_SIDE,
-    "api_processes": VALUES | {"api", "serve", "listening", "engine.channel"} | CLIENT_SIDE,
+    # The plan is made in a process of its own.
+    "hosting": VALUES | {"api", "text", "loading", "engine.hardware", "engine.plan"} | CLIENT_SIDE,
+    "serve": VALUES | {"api", "hosting", "loading", "listening", "http_connection"} | CLIENT_SIDE,
+    "api_processes": VALUES
+    | {"api", "hosting", "serve", "listening", "engine.channel"}
+    | CLIENT_SIDE,
     "deploy": VALUES | {"api", "serve", "listening"},
     "route": VALUES | {"listening", "http_connection"},
     "monitoring": {"observability"},
     "bench": {"errors", "config"},
     "chat": {"errors", "config", "bench.http_client"},
-    "cli_reports": {"errors", "config", "engine", "loading", "serve", "headrace_kernels"},
+    "cli_reports": {"errors", "config", "engine", "loading", "hosting", "headrace_kernels"},
 }
 # The root package resolves its public names lazily; the command line may import everything.
 MAY_IMPORT["headrace"] = {"llm", "sampling_params"}

@@ -21,7 +21,7 @@ from headrace.config import (
 from headrace.errors import ConfigError, EngineError, HeadraceError
 
 if TYPE_CHECKING:
-    from headrace.serve import ServedFacts
+    from headrace.hosting.model_host import ServedFacts
 
 MODEL_HELP = (
     "A folder of safetensors, a .gguf file, ORG/NAME[@REVISION][:FILE.gguf] on the hub, or nothing "

@@ -16,7 +16,7 @@ from headrace.config import GIB, MIB, EngineConfig
 from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
-    from headrace.serve import ServedFacts
+    from headrace.hosting.model_host import ServedFacts
 
 
 # By a model's first task: a route, and what to ask there.

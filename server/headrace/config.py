@@ -114,6 +114,12 @@ class ServerOptions:
     served_model_name: tuple[str, ...] = option(
         (), "Name of the model in the API; more than one are aliases."
     )
+    model_versions: str = option(
+        "latest", "Of a model's numbered folders: latest, all, or numbers such as 2,3."
+    )
+    model_poll_interval: float = option(
+        1.0, "Seconds between two looks at the folders of a model's versions."
+    )
     api_key: str | None = option(None, "Clients must send it as a Bearer token.", secret=True)
     max_queued_requests: int = option(1024, "Requests that may wait; more are answered 429.")
     max_queued_tokens: int = option(4_000_000, "Prompt tokens that may wait.")

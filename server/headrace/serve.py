@@ -1,4 +1,4 @@
-"""The serving assembly: model files, engine process and HTTP app become one server.
+"""The serving assembly: the models of this process and the HTTP app become one server.
 
 `headrace serve` runs it on uvicorn, as does `headrace chat`, in a thread; a Ray Serve replica uses
 the same `Service` behind its own HTTP server. Nothing here imports torch.
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import secrets
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -32,48 +31,54 @@ from headrace.api.services import Services
 from headrace.api.store_sqlite import SqliteStore
 from headrace.config import EngineConfig, ServerOptions, default_data_dir
 from headrace.engine.attached_client import AttachedEngineClient
-from headrace.engine.client import ModelInfo, QueueLimits, RequestRecord
+from headrace.engine.client import ModelInfo
 from headrace.engine.process_client import ProcessEngineClient
-from headrace.engine.queue_board import QueueBoard
 from headrace.errors import ConfigError, HeadraceError
+from headrace.hosting.model_host import (
+    HostEvents,
+    ModelHost,
+    Progress,
+    ServedFacts,
+    Sharing,
+    SingleModel,
+    keep_out_of_collections,
+)
+from headrace.hosting.version_folder import version_folder
+from headrace.hosting.versioned import VersionedModels
 from headrace.http_connection import HttpConnection
 from headrace.listening import listen, url_of
-from headrace.loading.checkpoint import open_checkpoint
-from headrace.loading.resolver import DEFAULT_MODEL, resolve_model
+from headrace.loading.resolver import DEFAULT_MODEL
 from headrace.observability.logging import configure_logging
 from headrace.observability.metrics import Metrics
-from headrace.text.processor import TextProcessor
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-Progress = Callable[[int, int], None]
 
 EXIT_OK, EXIT_ENGINE_LOST, EXIT_INTERRUPTED = 0, 1, 130
 
 
-class ServedFacts(NamedTuple):
-    """For people who start a server."""
+class Models(Protocol):
+    """The models of a process: one, or the versions of one."""
 
-    names: Sequence[str]
-    """The model's, aliases last."""
-    path: Path
-    """Of its files."""
-    info: ModelInfo
-    text_formats: str
+    @property
+    def host(self) -> ModelHost:
+        """Of what the served name stands for now."""
+        ...
 
+    @property
+    def num_live(self) -> int:
+        """Requests that their engines work on."""
+        ...
 
-class Sharing(NamedTuple):
-    """What an API process has in common with others that serve the same engine."""
+    async def start(self) -> ModelInfo:
+        """Returns when requests can come. Raises CheckpointError, ConfigError or EngineError if
+        there is nothing that can be served."""
+        ...
 
-    engine_path: Path
-    """Of the socket at which engines accept."""
-    board: QueueBoard
-    find_model: Callable[[], Awaitable[Path]]
+    async def close(self) -> None: ...
 
 
 class Service:
-    """One model being served: its engine client, its text side, and the app in front of them."""
+    """What a process serves, and the app in front of it."""
 
     def __init__(
         self,
@@ -86,101 +91,66 @@ class Service:
     ) -> None:
         """`sharing`: with other processes, an engine that is started elsewhere."""
         names = served_names(config, options)
-        self.path = Path()
-        """Of the model's files, once they are found."""
         self.metrics = Metrics(names[0], read_elsewhere=sharing is not None)
-        self.client: ProcessEngineClient | AttachedEngineClient
-        if sharing is None:
-            self.client = ProcessEngineClient(
+        self.table = ModelTable(expected=names)
+        self.app: FastAPI = create_app(self.table, _api_config(options), self.metrics)
+        services: Services = self.app.state.services
+        events = HostEvents(
+            on_record=services.ledger.close,
+            on_stats=self.metrics.observe_stats,
+            on_progress=on_progress,
+            on_dead=on_dead,
+        )
+        self.models: Models
+        if (folder := version_folder(config, options)) is not None:
+            self.models = VersionedModels(
+                folder,
                 config,
-                limits=queue_limits(options),
-                step_timeout=options.step_timeout,
-                log_level=options.log_level,
-                log_format=options.log_format,
-                on_record=self._close_account,
-                on_stats=self.metrics.observe_stats,
-                on_progress=on_progress,
-                on_dead=on_dead,
+                options,
+                names,
+                events,
+                table=self.table,
+                metrics=self.metrics,
+                open_requests=services.open_requests,
             )
-            self.metrics.attach_engine(self.client)
         else:
-            self.client = AttachedEngineClient(
-                sharing.engine_path,
-                limits=queue_limits(options),
-                board=sharing.board,
-                on_record=self._close_account,
-            )
-        self._sharing = sharing
-        self.model = ServedModel(
-            name=names[0],
-            client=self.client,
-            aliases=tuple(names[1:]),
-            revision=config.model_options.revision or "",
-        )
-        self.app: FastAPI = create_app(
-            ModelTable(self.model),
-            _api_config(options),
-            self.metrics,
-        )
-        self._config = config
-        self._options = options
+            revision = config.model_options.revision or ""
+            host = ModelHost(config, options, names, events, revision=revision, sharing=sharing)
+            self.models = SingleModel(host, config, self.metrics, sharing)
+            self.table.add(host.model)
         self._data_dir = options.data_dir
         self._batches: BatchRunner | None = None
 
     async def start(self) -> ModelInfo:
-        """Find the model, downloading it if it is on a hub; start the engine and read the text side
-        meanwhile. Returns when requests can come.
+        """Find and load what is served; returns when requests can come.
 
         Raises CheckpointError, ConfigError or EngineError for a model that cannot be served.
         """
         await self._open_store()
-        options = self._config.model_options
-        self.path = await (
-            self._sharing.find_model() if self._sharing else find_model(self._config)
-        )
-        if isinstance(self.client, ProcessEngineClient):
-            self.client.config = replace(self._config, model=str(self.path))
-        await self.client.start()
-        checkpoint = await asyncio.to_thread(open_checkpoint, self.path)
-        text = await asyncio.to_thread(
-            TextProcessor.from_assets, checkpoint.tokenizer, template_file=options.chat_template
-        )
-        text.choose_parsers(self._options.tool_call_parser, self._options.reasoning_parser)
-        self.client.tokenizer_json = await asyncio.to_thread(text.tokenizer.to_json)
-        self.model.text = text
-        self.model.digest = await asyncio.to_thread(lambda: checkpoint.digest)
-        info = await self.client.wait_ready()
-        if self._sharing is None:
-            show_model(self.metrics, info, self.model.digest, self.model.revision)
+        info = await self.models.start()
         services: Services = self.app.state.services
         if services.store is not None:
             self._batches = BatchRunner(self.app, services)
             self._batches.start()
-        # What the libraries made stays. Each full collection looked through it again, for 80 ms in
-        # which no token is sent.
-        gc.collect()
-        gc.freeze()
+        keep_out_of_collections()
         return info
 
-    def _close_account(self, record: RequestRecord) -> None:
-        self.app.state.services.ledger.close(record)
+    @property
+    def client(self) -> ProcessEngineClient | AttachedEngineClient:
+        """Of the engine behind the served name; another one after a switch of versions."""
+        return self.models.host.client
+
+    @property
+    def model(self) -> ServedModel:
+        return self.models.host.model
 
     def facts(self) -> ServedFacts:
         """What is served, once it is."""
-        assert self.client.info is not None, "ready means that the engine has described itself"
-        names = (self.model.name, *self.model.aliases)
-        return ServedFacts(names, self.path, self.client.info, self.text_formats())
+        return self.models.host.facts()
 
     @property
     def num_live(self) -> int:
-        return self.client.num_live
-
-    def text_formats(self) -> str:
-        """What is read out of the model's output, for the start-up log."""
-        text, _ = self.model.loaded()
-        calls = text.tool_calls.name if text.tool_calls else "none"
-        reasoning = text.reasoning.name if text.reasoning else "none"
-        return f"tool calls: {calls}; reasoning: {reasoning}"
+        return self.models.num_live
 
     async def _open_store(self) -> None:
         """Raises ConfigError for a folder that was asked for and cannot be used."""
@@ -208,7 +178,7 @@ class Service:
     async def drained(self, timeout: float) -> bool:
         """Wait until no request lives; False if some still do after `timeout` seconds."""
         deadline = asyncio.get_running_loop().time() + timeout
-        while self.client.num_live:
+        while self.num_live:
             if asyncio.get_running_loop().time() > deadline:
                 return False
             await asyncio.sleep(0.05)
@@ -217,7 +187,7 @@ class Service:
     async def close(self) -> None:
         if self._batches is not None:
             await self._batches.close()
-        await self.client.close()
+        await self.models.close()
         await self.app.state.services.background.close()
         store = self.app.state.services.store
         if store is not None:
@@ -245,26 +215,6 @@ def served_names(config: EngineConfig, options: ServerOptions) -> tuple[str, ...
     return options.served_model_name or (_default_name(config.model),)
 
 
-def show_model(metrics: Metrics, info: ModelInfo, digest: str, revision: str) -> None:
-    metrics.set_model_info(
-        version=__version__,
-        digest=digest,
-        revision=revision,
-        dtype=info.dtype,
-        device=info.device,
-    )
-
-
-def queue_limits(options: ServerOptions) -> QueueLimits:
-    return QueueLimits(options.max_queued_requests, options.max_queued_tokens)
-
-
-async def find_model(config: EngineConfig) -> Path:
-    """Of the model's files, downloaded if they are on a hub. Raises CheckpointError."""
-    revision = config.model_options.revision
-    return await _in_daemon_thread(lambda: resolve_model(config.model, revision=revision))
-
-
 def _default_name(reference: str) -> str:
     """What clients call the model when nobody says: as it was asked for, or its file's name."""
     if not reference:
@@ -273,32 +223,6 @@ def _default_name(reference: str) -> str:
     if not path.exists():
         return reference
     return path.stem if path.suffix == ".gguf" else path.resolve().name
-
-
-async def _in_daemon_thread(function: Callable[[], T]) -> T:
-    """Run what may take very long (a download) where it cannot keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def deliver(value: T | None, error: BaseException | None) -> None:
-        if result.cancelled():
-            return
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)  # type: ignore[arg-type]  # T may itself be optional
-
-    def work() -> None:
-        value, error = None, None
-        try:
-            value = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(deliver, value, error)
-
-    threading.Thread(target=work, name="model-files", daemon=True).start()
-    return await result
 
 
 # --- `headrace serve` -------------------------------------------------------------------------

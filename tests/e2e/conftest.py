@@ -102,7 +102,12 @@ class Server:
     @property
     def engine_pid(self) -> int | None:
         """The engine process that lives now."""
-        return next(iter(self._children("headrace.engine.process")), None)
+        return next(iter(self.engine_pids), None)
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """The engine processes that live now: several where versions of a model change."""
+        return self._children("headrace.engine.process")
 
     @property
     def api_pids(self) -> list[int]:

@@ -48,19 +48,12 @@ from headrace.config import (
 from headrace.engine.channel import socket_pair
 from headrace.engine.process_client import ProcessEngineClient
 from headrace.errors import ConfigError, EngineError, HeadraceError
+from headrace.hosting.model_files import find_model
+from headrace.hosting.model_host import Progress, ServedFacts, queue_limits, show_model
+from headrace.hosting.version_folder import version_folder
 from headrace.listening import reserve, url_of
 from headrace.observability.merged import MergedMetrics
-from headrace.serve import (
-    EXIT_ENGINE_LOST,
-    Lifetime,
-    Progress,
-    ServedFacts,
-    find_model,
-    queue_limits,
-    served_names,
-    show_model,
-    until_ended,
-)
+from headrace.serve import EXIT_ENGINE_LOST, Lifetime, served_names, until_ended
 
 logger = logging.getLogger(__name__)
 
@@ -348,6 +341,11 @@ async def run(
     """As `serve.run`, with `options.api_processes` processes that answer HTTP."""
     if not 1 <= options.api_processes <= MAX_API_PROCESSES:
         raise ConfigError(f"--api-processes must be 1 to {MAX_API_PROCESSES}.")
+    if version_folder(config, options) is not None:
+        raise ConfigError(
+            f"--api-processes {options.api_processes}: a folder of versions is served by one API "
+            f"process. Leave the option out, or give one version: a folder in {config.model}."
+        )
     lifetime = Lifetime(options.shutdown_timeout)
     with _reserved(options) as (port, url), _private_folder() as folder:
         lifetime.service = supervisor = Supervisor(

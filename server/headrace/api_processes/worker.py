@@ -41,9 +41,10 @@ from headrace.api_processes.control import (
 from headrace.api_processes.shared_folder import SharedFolder
 from headrace.engine.attached_client import AttachedEngineClient
 from headrace.errors import EngineError, HeadraceError, UnavailableError
+from headrace.hosting.model_host import Sharing
 from headrace.listening import listen
 from headrace.observability.logging import configure_logging
-from headrace.serve import Service, Sharing, answering
+from headrace.serve import Service, answering
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Worker:
             self._link.send(StartFailed(f"{type(error).__name__}: {error}", user_error=False))
         else:
             digest = self._service.model.digest
-            self._link.send(Started(digest, self._service.text_formats()))
+            self._link.send(Started(digest, self._service.facts().text_formats))
 
     async def _flush_metrics(self) -> None:
         """What is delivered of long streams shows in scrapes, and outlives this process."""

@@ -59,13 +59,15 @@ def stored_weights(checkpoint: Checkpoint, model: ModelConfig) -> Iterator[Store
         yield tensor
 
 
-def make_plan(config: EngineConfig) -> Plan:
-    """Open the checkpoint that `config.model` (a local path) names and resolve every option.
+def make_plan(config: EngineConfig, hardware: Hardware | None = None) -> Plan:
+    """Open the checkpoint that `config.model` (a local path) names and resolve every option, for
+    this machine or for `hardware`.
 
     Raises CheckpointError or ConfigError, with a remedy, for what cannot be run here.
     """
     checkpoint = open_checkpoint(Path(config.model))
-    hardware = probe(config.device.device, deterministic=config.device.deterministic)
+    if hardware is None:
+        hardware = probe(config.device.device, deterministic=config.device.deterministic)
     if checkpoint.hf_config is not None and is_encoder(checkpoint.hf_config):
         return _encoder_plan(config, checkpoint, hardware)
     model = model_config(checkpoint)

@@ -170,7 +170,9 @@ def _only_gguf(folder: Path) -> Path:
             f"{folder}: the weights are pickle files ({', '.join(sorted(pickles)[:3])}), which can "
             "run code when read and are never loaded. Convert the model to safetensors."
         )
-    raise CheckpointError(f"{folder}: no weights here (*.safetensors or *.gguf).")
+    numbered = [entry.name for entry in folder.iterdir() if entry.name.isdecimal()]
+    versions = f" It has versions: give one, such as {folder / max(numbered)}." if numbered else ""
+    raise CheckpointError(f"{folder}: no weights here (*.safetensors or *.gguf).{versions}")
 
 
 def _folder_tokenizer(folder: Path) -> TokenizerAssets:
