@@ -119,7 +119,13 @@ def test_every_panel_has_data(loaded: Prometheus) -> None:
 
 def test_busy_panels_show_the_load(loaded: Prometheus) -> None:
     shown = {panel.title: panel.queries for row in ROWS for panel in row.panels}
-    for title in ("Requests finished", "Tokens", "Steps", "Time per step", "Prefix cache hits"):
+    for title in (
+        "Requests finished",
+        "Tokens",
+        "Steps",
+        "Length of a decode step",
+        "Prefix cache hits",
+    ):
         for query in shown[title]:
             assert max(loaded.query(query.expr)) > 0, title
     assert all(value == 0 for value in loaded.query(shown["Share of 5xx"][0].expr))

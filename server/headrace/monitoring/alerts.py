@@ -77,7 +77,7 @@ def _slo_alerts() -> list[dict[str, Any]]:
                 summary="{{ $labels.model_name }} misses its SLO: {{ $value | humanizePercentage }}"
                 f" of requests without a first token within {SLO_TTFT_SECONDS} s",
                 action="Look at Waiting and Time in the queue: add replicas if they rise, otherwise"
-                " at Time per step and at what else runs on the host.",
+                " at Length of a decode step and at what else runs on the host.",
             )
         )
     return alerts

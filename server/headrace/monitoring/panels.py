@@ -134,6 +134,18 @@ ENGINE = Row(
             (CHOSEN.gauge("requests_waiting", by="instance"), "{{instance}}"),
         ),
         _panel(
+            *("Prompt tokens waiting", "short"),
+            (CHOSEN.gauge("queued_prompt_tokens", by="instance"), "{{instance}}"),
+        ),
+        _panel(
+            *("Prefill speed", "short"),
+            (
+                CHOSEN.gauge("prefill_tokens_per_second", by="instance", combine="max"),
+                "{{instance}}",
+            ),
+            description="Prompt tokens per second, measured by the engine.",
+        ),
+        _panel(
             *("KV cache in use", "percentunit"),
             (CHOSEN.gauge("kv_cache_usage_ratio", by="instance", combine="max"), "{{instance}}"),
         ),
@@ -157,9 +169,9 @@ ENGINE = Row(
             description="Per second.",
         ),
         _panel(
-            *("Time per step", "s"),
-            (f"1 / ({CHOSEN.rate('engine_steps_total', by='instance')} > 0)", "{{instance}}"),
-            description="Time over steps: of a busy engine, a step's length.",
+            *("Length of a decode step", "s"),
+            (CHOSEN.gauge("decode_step_seconds", by="instance", combine="max"), "{{instance}}"),
+            description="Measured by the engine, over steps that compute no prompt.",
         ),
         _panel(
             *("Tokens of a step, mean", "short"),
