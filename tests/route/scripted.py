@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,7 +147,10 @@ class Replica:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        while self._server is None:
+            with contextlib.suppress(OSError):  # the one that was killed is still closing
+                self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+            await asyncio.sleep(0)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def kill(self) -> None:
@@ -215,6 +218,16 @@ async def door_before(*replicas: Replica, **more: Any) -> AsyncIterator[tuple[Do
         await door.close()
         for replica in replicas:
             replica.kill()
+
+
+def prefer(door: Door, first: Replica) -> None:
+    """Requests go there, but where the door has excluded it."""
+
+    def pick(application: str, request: object, excluded: Collection[Any] = ()) -> Any:
+        usable = [it for it in door.fleet.usable(application) if it not in excluded]
+        return min(usable, key=lambda it: it.url != first.url, default=None)
+
+    door.fleet.pick = pick  # type: ignore[method-assign]
 
 
 @dataclass

@@ -17,18 +17,11 @@ from tests.route.scripted import (
     door_before,
     get,
     post,
+    prefer,
     read_answer,
     reply,
     stream_of,
 )
-
-from headrace.route import fleet
-
-
-@pytest.fixture(autouse=True)
-def short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "POLL_SECONDS", 0.05)
-
 
 CHAT = {"model": "llama", "messages": [{"role": "user", "content": "Hello!"}]}
 STREAM = {**CHAT, "stream": True}
@@ -82,21 +75,16 @@ async def test_a_replica_may_die_at_any_byte_of_an_event() -> None:
     """Every byte of the first four events, and then the stream goes on at the other replica."""
     dying, other = Replica(), Replica()
     async with door_before(dying, other) as (door, port):
+        prefer(door, dying)
         for position in range(0, stream_bytes(), 3):
             dying.dies_after = position
-            other.dies_after = None
-            if dying._server is None:
-                await dying.start()
-            behind = next(it for it in door.fleet.replicas() if it.url == dying.url)
-            behind.up = True
+            await dying.start()
+            next(it for it in door.fleet.replicas() if it.url == dying.url).up = True
             dying.requests.clear()
-            last = next(it for it in door.fleet.replicas() if it.url == other.url)
-            last.view.in_flight += 8  # the other one looks busy
             got = await ask(port, post(STREAM))
-            last.view.in_flight -= 8
             assert got.body == WHOLE, position
             assert dying.requests, "it was asked first"
-        assert sum(bool(it.json.get("headrace_resume")) for it in other.requests) > 50
+        assert sum("headrace_resume" in it.json for it in other.requests) > 50
 
 
 async def test_streams_of_a_replica_without_journal_end_with_an_error_event() -> None:
@@ -118,9 +106,10 @@ async def test_streams_of_a_replica_without_journal_end_with_an_error_event() ->
 async def test_requests_that_are_not_streamed_are_sent_again() -> None:
     replicas = Replica(dies_after=0), Replica()
     async with door_before(*replicas) as (door, port):
-        for number in range(8):  # half of them are the dying one's
-            assert (await ask(port, post({**CHAT, "user": f"user-{number}"}))).status == 200
-        assert len(replicas[0].requests) == 1 and len(replicas[1].requests) == 8
+        prefer(door, replicas[0])
+        for _ in range(3):
+            assert (await ask(port, post(CHAT))).status == 200
+        assert len(replicas[0].requests) == 1 and len(replicas[1].requests) == 3
         assert {it.state for it in door.fleet.replicas()} == {"ready", "down"}
 
 
@@ -130,10 +119,11 @@ async def test_a_replica_that_refuses_is_passed_over(status: int) -> None:
         await reply(writer, status, {"error": {"code": "queue_full"}}, "retry-after: 7\r\n")
 
     full = Replica(refuses)
-    async with door_before(full, Replica()) as (_, port):
-        for number in range(8):
-            assert (await ask(port, post({**CHAT, "user": f"user-{number}"}))).status == 200
-        assert full.requests
+    async with door_before(full, Replica()) as (door, port):
+        prefer(door, full)
+        for _ in range(3):
+            assert (await ask(port, post(CHAT))).status == 200
+        assert len(full.requests) == 3
     async with door_before(Replica(refuses), Replica(refuses)) as (_, port):
         got = await ask(port, post(STREAM))
         assert got.status == status and got.headers["retry-after"] == "7"

@@ -9,8 +9,10 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
+from headrace.route import targets
 from headrace.route.choose import RouteRequest, key_of
 from headrace.route.http_text import Headers, header
+from headrace.route.prefix import Prefix
 
 MAX_PARSED = 4 << 20
 """Of larger bodies only the few members below are read: the rest costs time and memory."""
@@ -29,7 +31,7 @@ class Kind(enum.Enum):
     NONE = "nowhere: 404"
 
 
-OWN = frozenset(("/health", "/readyz", "/livez", "/metrics", "/v1/models"))
+OWN = frozenset(("/health", "/readyz", "/livez", "/metrics", "/v1/models", targets.PATH))
 _MODEL = frozenset(
     (
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages"),
@@ -41,7 +43,7 @@ _MODEL = frozenset(
 )
 _KEPT = frozenset(("/v1/files", "/v1/batches"))
 _BY_ID = ("/v1/responses/", "/v1/files/", "/v1/batches/")
-OPEN_PATHS = frozenset(("/health", "/readyz", "/livez", "/metrics", "/version"))
+OPEN_PATHS = frozenset(("/health", "/readyz", "/livez", "/metrics", "/version", targets.PATH))
 """That need no key."""
 _CREATES = frozenset(("/v1/files", "/v1/batches"))
 """A POST that is sent twice makes two of them."""
@@ -64,7 +66,7 @@ class Asked:
 
     __slots__ = (
         *("method", "url", "path", "headers", "body", "is_upload", "keep_alive", "http_1_0"),
-        *("kind", "parsed", "model", "streams", "session", "request_id"),
+        *("kind", "parsed", "model", "streams", "session", "request_id", "prefix"),
     )
 
     def __init__(self, method: bytes, url: bytes, headers: Headers) -> None:
@@ -81,6 +83,7 @@ class Asked:
         self.parsed: dict[str, Any] | None = None
         self.model: Any = None
         self.streams = False
+        self.prefix: Prefix | None = None
         self.session: str | None = None
         given = header(headers, b"x-request-id").decode("latin-1")
         self.request_id = given or secrets.token_hex(16)

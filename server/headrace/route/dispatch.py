@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from headrace.errors import EngineError, HeadraceError, UnavailableError
 from headrace.route.asked import Asked, Kind, with_model
+from headrace.route.choose import RouteRequest
 from headrace.route.events import Journal, with_resumption
 from headrace.route.fleet import Fleet, Replica
 from headrace.route.guide import Guide, Whereabouts
@@ -47,6 +48,24 @@ class Around(Protocol):
     wait_for_replica: Callable[[str, Asked], Awaitable[bool]]
 
 
+class Pending:
+    """One request in the counts of one replica."""
+
+    def __init__(self, replica: Replica, request: RouteRequest) -> None:
+        self._view, self._request = replica.view, request
+        self._answered = False
+        self._view.sent(request)
+
+    def answered(self) -> None:
+        if not self._answered:
+            self._answered = True
+            self._view.answered(self._request)
+
+    def end(self) -> None:
+        self.answered()
+        self._view.ended()
+
+
 class Dispatch:
     """One request's tries. `run` ends when the client has its answer; cancelled, the replica is
     told by the end of its connection."""
@@ -68,6 +87,7 @@ class Dispatch:
         self._wait_until = 0.0
         """For the rest of a stream."""
         self._connection: Connection | None = None
+        self._request = door.guide.request(application, asked)
 
     async def run(self) -> None:
         """Raises HeadraceError if there is no answer but that."""
@@ -107,8 +127,7 @@ class Dispatch:
                 return known
         if asked.kind in (Kind.KEPT, Kind.BY_ID):
             return fleet.keeper(self._application, self._tried)
-        request = self._door.guide.request(asked)
-        return fleet.pick(self._application, request, self._tried)
+        return fleet.pick(self._application, self._request, self._tried)
 
     async def _none_left(self) -> None:
         """No replica that was not tried. Returns if there may be one now."""
@@ -139,9 +158,9 @@ class Dispatch:
     async def _try(self, replica: Replica) -> Outcome:
         """Raises nothing but what ends the whole request."""
         asked, answer = self._asked, self._answer
-        replica.view.in_flight += 1
         guide = self._door.guide
-        guide.sent(asked, replica)
+        guide.sent(self._application, asked, replica)
+        pending = Pending(replica, self._request)
         try:
             for fresh in (not asked.repeatable, True):
                 try:
@@ -152,19 +171,21 @@ class Dispatch:
                     self._door.metrics.retries.labels("refused").inc()
                     return Outcome.REFUSED
                 was_used, events = connection.used, answer.journal and answer.journal.events
-                outcome = await self._talk(replica, connection)
+                outcome = await self._talk(replica, connection, pending)
                 unseen = (answer.journal and answer.journal.events) == events
                 if not (outcome is Outcome.LOST and was_used and unseen and not fresh):
                     break  # else it may just have closed a connection that rested
             if outcome is Outcome.LOST:
                 self._tried.add(replica)
                 replica.failed("a connection broke")
+            elif outcome is not Outcome.REFUSED:
+                told = answer.tail
+                guide.answered(self._application, asked, self._request, replica, told)
             return outcome
         finally:
-            replica.view.in_flight -= 1
-            guide.ended(asked, replica)
+            pending.end()
 
-    async def _talk(self, replica: Replica, connection: Connection) -> Outcome:
+    async def _talk(self, replica: Replica, connection: Connection, pending: Pending) -> Outcome:
         asked, answer, upload = self._asked, self._answer, self._upload
         if not answer.status:
             answer.journal = None
@@ -176,7 +197,7 @@ class Dispatch:
         length = upload.length if upload is not None else len(body)
         head = request_head(asked.method, asked.url, self._headers(), length)
         self._connection = connection
-        answer.begin_try(connection)
+        answer.begin_try(connection, pending.answered)
         connection.single_use = upload is not None
         connection.send(head + body, answer, is_head=asked.method == b"HEAD")
         if upload is not None:

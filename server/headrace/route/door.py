@@ -22,6 +22,7 @@ from headrace.errors import (
 from headrace.observability.families import Family
 from headrace.observability.logging import log_access
 from headrace.route import listing
+from headrace.route import targets as http_sd
 from headrace.route.asked import OPEN_PATHS, Asked, Kind
 from headrace.route.client_connection import BodyStream, ClientConnection
 from headrace.route.config import RouteConfig, targets
@@ -60,6 +61,7 @@ class Door:
         self.metrics = DoorMetrics(metric_families, metrics_folder)
         self.metrics.before.append(self._count_replicas)
         self.guide = Guide()
+        self.fleet.on_up.append(self.guide.restarted)
         self.whereabouts = Whereabouts()
         self.wait_for_replica: WaitForReplica = _do_not_wait
         """Asked when an application has no replica that is ready. True: look again."""
@@ -206,6 +208,14 @@ class Door:
             if path == "/metrics":
                 kind = b"text/plain; version=0.0.4; charset=utf-8"
                 return OwnAnswer(200, self.metrics.render(), ((b"content-type", kind),))
+            if path == http_sd.PATH:
+                names = {self.policy.main_application(it): it for it in self.config.models}
+                addresses = {
+                    name: [it.url for it in replicas]
+                    for name, replicas in self.fleet.applications.items()
+                }
+                sd_kind = ((b"content-type", http_sd.CONTENT_TYPE.encode()),)
+                return OwnAnswer(200, http_sd.http_sd(addresses, names), sd_kind)
             if path == "/livez":
                 return json_answer({"status": "alive"})
             if path in ("/readyz", "/health"):

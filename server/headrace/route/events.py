@@ -42,7 +42,8 @@ class EventCutter:
         self.events = 0
         """Forwarded; comments are none."""
         self._tail = b""
-        self._last = b""
+        self.last = b""
+        """What was forwarded last."""
 
     def feed(self, data: bytes) -> bytes:
         """What can be forwarded."""
@@ -55,8 +56,8 @@ class EventCutter:
             end = len(data)
         self._tail = data[end:]
         self.events += 1  # some: only whether there are any counts without a journal
-        self._last = data[:end]
-        return self._last
+        self.last = data[:end]
+        return self.last
 
     def rest(self) -> bytes:
         """What came after the last whole event; the stream has ended."""
@@ -66,7 +67,7 @@ class EventCutter:
     @property
     def complete(self) -> bool:
         """Whether the event that ends such streams was forwarded."""
-        block = self._last.rstrip().rpartition(b"\n\n")[2]
+        block = self.last.rstrip().rpartition(b"\n\n")[2]
         return block.startswith(_ENDS)
 
 
@@ -101,7 +102,7 @@ class Journal(EventCutter):
             self._fold()
         if not forwarded:
             return b""
-        self._last = forwarded[-1]
+        self.last = forwarded[-1]
         return forwarded[0] if len(forwarded) == 1 else b"".join(forwarded)
 
     def resumption(self) -> dict[str, Any]:

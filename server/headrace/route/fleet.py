@@ -164,8 +164,8 @@ class Fleet:
         """`api_key`: to ask replicas with."""
         self.api_key = api_key
         self.applications: dict[str, list[Replica]] = {}
-        self.on_up: list[Callable[[str], None]] = []
-        """Called with an application when one of its replicas became usable."""
+        self.on_up: list[Callable[[str, Replica], None]] = []
+        """Called with an application and its replica that became usable."""
         self._known: dict[object, dict[str, list[str]]] = {}
         self._replicas: dict[str, Replica] = {}
         self._sources: list[asyncio.Task[None]] = []
@@ -214,7 +214,7 @@ class Fleet:
         for name, replicas in self.applications.items():
             if replica in replicas:
                 for tell in self.on_up:
-                    tell(name)
+                    tell(name, replica)
 
     def usable(self, application: str) -> list[Replica]:
         return [it for it in self.applications.get(application, ()) if it.usable]

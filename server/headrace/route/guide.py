@@ -11,9 +11,13 @@ from collections import OrderedDict
 from headrace.route.asked import Asked, Kind
 from headrace.route.choose import RouteRequest
 from headrace.route.fleet import Replica
+from headrace.route.prefix import Prefix, PrefixIndex, prefix_of
 
 MAX_THINGS = 100_000
 _ID = re.compile(rb'"id":\s*"((?:resp|file|batch)[-_][\w-]{1,100})"')
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens":\s*(\d{1,12})')
+_CACHED = re.compile(rb'"cached_tokens":\s*(\d{1,12})')
+_PROMPTS = ("messages", "prompt", "input")
 _RESPONSES = "/v1/responses"
 _LOOK = 4096
 """Bytes at the beginning of an answer in which the id of what it made stands."""
@@ -22,14 +26,51 @@ _LOOK = 4096
 class Guide:
     """Says what choose() is to know of a request, and hears what became of it."""
 
-    def request(self, asked: Asked) -> RouteRequest:
-        return asked.route_request()
+    def __init__(self) -> None:
+        self._indexes: dict[str, PrefixIndex] = {}
 
-    def sent(self, asked: Asked, replica: Replica) -> None:
+    def request(self, application: str, asked: Asked) -> RouteRequest:
+        prefix = self._prefix(asked)
+        if prefix is None:
+            return asked.route_request()
+        return self._index(application).request(prefix, asked.session)
+
+    def sent(self, application: str, asked: Asked, replica: Replica) -> None:
         """It goes there."""
+        prefix = self._prefix(asked)
+        if prefix is not None:
+            index, load = self._index(application), replica.view.load
+            if load.kv_total_blocks:
+                index.set_capacity(replica.url, load.kv_total_blocks * load.block_size)
+            index.sent(prefix, replica.url)
 
-    def ended(self, asked: Asked, replica: Replica) -> None:
-        """It has ended there, well or not."""
+    def answered(
+        self, application: str, asked: Asked, request: RouteRequest, replica: Replica, told: bytes
+    ) -> None:
+        """`told`: the end of the answer; where it has the usage, the belief is corrected."""
+        prefix = self._prefix(asked)
+        found = _PROMPT.search(told) if prefix is not None else None
+        if prefix is None or found is None:
+            return
+        cached = int(match[1]) if (match := _CACHED.search(told)) else 0
+        index = self._index(application)
+        index.answered(prefix, request, replica.url, int(found[1]), cached)
+
+    def restarted(self, application: str, replica: Replica) -> None:
+        """It was down: its cache is empty."""
+        self._index(application).forget(replica.url)
+
+    def _index(self, application: str) -> PrefixIndex:
+        return self._indexes.get(application) or self._indexes.setdefault(
+            application, PrefixIndex()
+        )
+
+    def _prefix(self, asked: Asked) -> Prefix | None:
+        """None where there is no prompt."""
+        members = asked.parsed if asked.kind is Kind.MODEL else None
+        if asked.prefix is None and members and not members.keys().isdisjoint(_PROMPTS):
+            asked.prefix = prefix_of(members)
+        return asked.prefix
 
 
 class Whereabouts:

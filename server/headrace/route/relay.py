@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from headrace.errors import HeadraceError
@@ -31,6 +32,7 @@ from headrace.route.upstream import Connection
 
 MAX_HELD = 4 << 20
 """Bytes of an answer that wait for its end: until then it can be asked for again."""
+_TAIL = 2048
 BUSY = (429, 503)
 _OF_THE_BODY = frozenset((b"content-length", JOURNAL))
 
@@ -81,7 +83,9 @@ class Answer:
         self._size = 0
         self._writable = asyncio.Event()
 
-    def begin_try(self, connection: Connection) -> None:
+    def begin_try(self, connection: Connection, on_answer: Callable[[], None]) -> None:
+        """`on_answer`: called when the replica begins to answer."""
+        self._on_answer = on_answer
         self.connection = connection
         self.outcome = asyncio.get_running_loop().create_future()
         self._pieces, self._size, self._holds = [], 0, False
@@ -92,6 +96,7 @@ class Answer:
     # --- a Receiver ---------------------------------------------------------------------------
 
     def on_head(self, status: int, headers: Headers, length: int | None) -> None:
+        self._on_answer()
         events = header(headers, b"content-type").startswith(b"text/event-stream")
         journal = header(headers, JOURNAL) == b"1"
         if self.journal is not None:  # a stream goes on
@@ -153,6 +158,13 @@ class Answer:
 
     async def writable(self) -> None:
         await self._writable.wait()
+
+    @property
+    def tail(self) -> bytes:
+        """The end of what the replica said, where usage stands."""
+        if self.held is not None:
+            return self.held.body[-_TAIL:]
+        return self.journal.last[-_TAIL:] if self.journal is not None else b""
 
     # --- towards the client -------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from headrace.listening import listen, url_of
 from headrace.route.config import RouteConfig
 from headrace.route.door import Door
+from headrace.route.fleet import Source
+from headrace.route.ray_source import ray_source
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,14 @@ class DoorLife:
             self.status.set_result(status)
 
 
+def _sources(config: RouteConfig) -> list[Source]:
+    """Raises ConfigError for an address of Ray that is none."""
+    if config.ray is None:
+        return []
+    references = (config.ray.address, config.ray.dashboard)
+    return [ray_source(reference) for reference in references if reference]
+
+
 async def run(
     config: RouteConfig,
     *,
@@ -73,7 +83,7 @@ async def run(
     """
     listener = listen(config.host, config.port, shared=shared)
     life = DoorLife(reread)
-    life.door = door = Door(config, metrics_folder=metrics_folder)
+    life.door = door = Door(config, sources=_sources(config), metrics_folder=metrics_folder)
     try:
         await door.start(listener)
         await door.fleet.settle(SETTLE_SECONDS)
