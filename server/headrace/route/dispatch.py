@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from headrace.errors import EngineError, HeadraceError, UnavailableError
@@ -75,11 +75,14 @@ class Dispatch:
         door: Around,
         asked: Asked,
         answer: Answer,
-        application: str,
+        applications: Sequence[str],
         upload: Upload | None = None,
     ) -> None:
+        """`applications`: the one to ask, and those to ask where it has nobody."""
         self._door, self._asked, self._answer = door, asked, answer
-        self._application = application
+        self._applications = applications
+        self._place = 0
+        """Among them, of the one that is asked."""
         self._upload = upload
         self._tried: set[Replica] = set()
         """In this round: those that refused, or died."""
@@ -87,7 +90,7 @@ class Dispatch:
         self._wait_until = 0.0
         """For the rest of a stream."""
         self._connection: Connection | None = None
-        self._request = door.guide.request(application, asked)
+        self._request = door.guide.request(applications[0], asked)
 
     async def run(self) -> None:
         """Raises HeadraceError if there is no answer but that."""
@@ -102,6 +105,14 @@ class Dispatch:
         finally:
             if self._connection is not None:
                 self._connection.abort()
+
+    @property
+    def _application(self) -> str:
+        return self._applications[self._place]
+
+    def _turn_to(self, place: int) -> None:
+        self._place = place
+        self._request = self._door.guide.request(self._application, self._asked)
 
     async def _one_round(self) -> bool:
         """Try one replica; whether that was the last."""
@@ -132,6 +143,9 @@ class Dispatch:
     async def _none_left(self) -> None:
         """No replica that was not tried. Returns if there may be one now."""
         answer = self._answer
+        if self._place + 1 < len(self._applications):
+            self._turn_to(self._place + 1)
+            return
         if answer.status:  # the rest of a stream
             now = time.monotonic()
             self._wait_until = self._wait_until or now + RESUME_SECONDS
@@ -142,6 +156,7 @@ class Dispatch:
                 )
             await asyncio.sleep(RESUME_PAUSE)
             self._tried.clear()
+            self._turn_to(0)
             return
         if answer.held is not None:
             raise UnavailableError("All replicas refuse.")  # `run` gives what the last one said

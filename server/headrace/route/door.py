@@ -33,6 +33,8 @@ from headrace.route.http_text import OwnAnswer, header, json_answer
 from headrace.route.metrics import STATES, DoorMetrics
 from headrace.route.policy import Policy
 from headrace.route.relay import Answer
+from headrace.route.shadow import FAMILIES as SHADOW_FAMILIES
+from headrace.route.shadow import Mirror, Shadows
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ class Door:
     ) -> None:
         """`sources`: of addresses, besides those in `config`."""
         self.fleet = Fleet(config.api_key)
-        self.metrics = DoorMetrics(metric_families, metrics_folder)
+        self.metrics = DoorMetrics((*SHADOW_FAMILIES, *metric_families), metrics_folder)
+        self.shadows = Shadows(self.fleet, self.metrics)
         self.metrics.before.append(self._count_replicas)
         self.guide = Guide()
         self.fleet.on_up.append(self.guide.restarted)
@@ -144,6 +147,7 @@ class Door:
         began = time.perf_counter()
         self._in_flight += 1
         model = ""
+        mirror: Mirror | None = None
         status = CLIENT_GONE
         try:
             self._authorize(asked)
@@ -151,8 +155,9 @@ class Door:
                 answer.send(self._own_answer(asked))
             else:
                 model = self._model_of(asked)
-                application = self.policy.application(model, asked)
-                await Dispatch(self, asked, answer, application, upload).run()
+                applications = self.policy.applications(model, asked)
+                mirror = self._mirror(model, asked, answer)
+                await Dispatch(self, asked, answer, applications, upload).run()
             status = answer.status
         except HeadraceError as error:
             answer.fail(error)
@@ -165,8 +170,19 @@ class Door:
             answer.fail(EngineError("The front door failed on this request; its log has more."))
             status = answer.status
         finally:
+            if mirror is not None:
+                mirror.leave()
             self._in_flight -= 1
             self._account(asked, answer, model, status, began)
+
+    def _mirror(self, model: str, asked: Asked, answer: Answer) -> Mirror | None:
+        shadow = self.policy.shadow(model, asked) if Shadows.takes(asked) else None
+        if shadow is None:
+            return None
+        main = self.policy.main_application(model)
+        return answer.watched_by(
+            lambda client: self.shadows.mirror(asked, client, model=model, main=main, shadow=shadow)
+        )
 
     def _account(self, asked: Asked, answer: Answer, model: str, status: int, began: float) -> None:
         if asked.path in OPEN_PATHS:

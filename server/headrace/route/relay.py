@@ -10,7 +10,7 @@ import asyncio
 import enum
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from headrace.errors import HeadraceError
 from headrace.route.asked import Asked
@@ -47,6 +47,9 @@ class Client(Protocol):
 
     def cut(self) -> None:
         """The answer cannot be completed: close the connection."""
+
+
+T = TypeVar("T", bound=Client)
 
 
 class Outcome(enum.Enum):
@@ -165,6 +168,12 @@ class Answer:
         if self.held is not None:
             return self.held.body[-_TAIL:]
         return self.journal.last[-_TAIL:] if self.journal is not None else b""
+
+    def watched_by(self, watcher: Callable[[Client], T]) -> T:
+        """What the client is sent goes through a watcher from here on."""
+        made = watcher(self._client)
+        self._client = made
+        return made
 
     # --- towards the client -------------------------------------------------------------------
 
