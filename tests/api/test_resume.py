@@ -30,6 +30,7 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
     for name in "fg"
 ]
+TYPE = {"type": "object"}
 CALL = '<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>'
 CALLS = "Hm." + CALL + '<tool_call>{"name":"g","arguments":{}}</tool_call>'
 ENDS = ("[DONE]", "event: message_stop", "event: response.completed", "event: response.incomplete")
@@ -44,6 +45,10 @@ def asking(path: str = CHAT, **more: Any) -> tuple[str, dict[str, Any]]:
 def messages(**more: Any) -> tuple[str, dict[str, Any]]:
     ask = [{"role": "user", "content": "Hi"}]
     return MESSAGES, {"model": "tiny", "stream": True, "max_tokens": 200, "messages": ask, **more}
+
+
+def response(**more: Any) -> tuple[str, dict[str, Any]]:
+    return RESPONSES, {"model": "tiny", "stream": True, "input": "Hi", **more}
 
 
 async def events_of(
@@ -105,10 +110,11 @@ async def cut_and_resumed(
 
 
 async def check(site: Any, connect: Any, path: str, body: Any) -> list[str]:
-    """Cut a stream after each of its events, and take it up. The events of the stream."""
+    """Cut a stream after its events, and take it up. The events of the stream."""
     async with connect(site) as client:
         whole = await events_of(client, path, body)
-        for cut in range(1, len(whole)):
+        # Of streams that are long for their parts, every other event or so.
+        for cut in range(1, len(whole), 1 + len(whole) // 60):
             told = await cut_and_resumed(client, path, body, whole, [cut])
             assert by_choice(told) == by_choice(whole), f"cut behind event {cut} of {whole}"
     await site.settle()
@@ -163,6 +169,18 @@ CASES: dict[str, tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = {
     "unknown fields": (asking(frobnicate=1), {}),
     "messages": (messages(stop_sequences=["ld"]), {}),
     "messages, as many as asked for": (messages(max_tokens=5), {"answer": "aé漢🙂z", "burst": 2}),
+    "responses": (response(), {"burst": 2}),
+    "responses, as long as asked for": (response(max_output_tokens=20), {"answer": "aé漢🙂z"}),
+    "responses, reasoning and tool calls": (
+        response(
+            tools=[{"type": "function", "name": name, "parameters": TYPE} for name in "fg"],
+        ),
+        {"answer": f"<think>I see.</think>\n\n{CALLS}"},
+    ),
+    "responses in a format": (
+        response(text={"format": {"type": "json_object"}}),
+        {"answer": '{"a": 1}'},
+    ),
     "messages, reasoning and tool calls": (
         messages(tools=[{"name": name, "input_schema": {"type": "object"}} for name in "fg"]),
         {"answer": f"<think>I see.</think>\n\n{CALLS}"},

@@ -20,7 +20,7 @@ from headrace.api.generation import Choice, TextDelta
 from headrace.api.messages_errors import messages_error
 from headrace.api.messages_protocol import MessagesRequest
 from headrace.api.reply import server_timing, usage_object
-from headrace.api.resume import HEADER, VERSION, Head, head_line, line
+from headrace.api.resume import HEADER, VERSION, Head, first_line, head_line, line
 from headrace.api.services import services_of
 from headrace.api.streaming import EventStream, Outbox, SlowClientError, unless_disconnected
 from headrace.errors import EngineError, HeadraceError
@@ -59,8 +59,8 @@ class MessageReply:
         self.journal = turn.context.journal
         head = self.journal.head if self.journal else None
         self._id = head.id if head else turn.context.response_id
-        if head:
-            self._generation.cached_tokens = head.cached_tokens
+        if self.journal:
+            self._generation.cached_tokens = self.journal.cached_tokens
 
     async def send(self, request: Request) -> Response:
         """Run the generation and answer with it. It ends if the client goes away."""
@@ -108,6 +108,10 @@ class MessageReply:
             shaped["headrace"] = account
         return shaped
 
+    @property
+    def cached_tokens(self) -> int | None:
+        return self._generation.usage.cached_tokens
+
     def head(self) -> Head:
         """What a stream that goes on elsewhere must not change."""
         return Head(
@@ -115,7 +119,7 @@ class MessageReply:
             created=0,  # not told
             seed=self._generation.seed,
             fingerprint=self._turn.model.fingerprint,
-            cached_tokens=self._generation.usage.cached_tokens,
+            cached_tokens=self.cached_tokens,
         )
 
     def ending(self) -> dict[str, Any]:
@@ -242,6 +246,7 @@ class _Events:
         """Of the open block; empty between blocks."""
         self._before = b""
         self._thought = hashlib.sha256()
+        self._cached_is_due = bool(reply.journal) and reply.cached_tokens is None
         self._told = reply.journal.events if reply.journal else 0
         """Events that another server has sent, and that are still to be passed over."""
 
@@ -251,7 +256,12 @@ class _Events:
         for delta in deltas:
             ending = choice.ending if delta.finish_reason else None
             told = self.of(self._reply.read([delta]))
-            parts += (line(choice.index, delta.token_id, ending), told or b"\n")
+            if self._cached_is_due:
+                self._cached_is_due = False
+                parts.append(first_line(delta.token_id, ending, self._reply.cached_tokens))
+            else:
+                parts.append(line(choice.index, delta.token_id, ending))
+            parts.append(told or b"\n")
         return b"".join(parts)
 
     def resumed(self, choice: Choice) -> bytes:

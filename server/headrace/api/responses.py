@@ -6,6 +6,7 @@ https://platform.openai.com/docs/api-reference/responses
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import StreamingResponse
 
 from headrace.api.error_response import json_response
-from headrace.api.generation import new_id
+from headrace.api.generation import Choice, TextDelta, new_id
 from headrace.api.listing import page_of
 from headrace.api.reply import server_timing
 from headrace.api.responses_answer import ResponseAnswer, ending_event
@@ -31,6 +32,7 @@ from headrace.api.responses_store import (
     kept_responses,
     store_for,
 )
+from headrace.api.resume import HEADER, VERSION, Journal, first_line, head_line, line, no_journal
 from headrace.api.services import Services, services_of
 from headrace.api.streaming import EventStream, Outbox, SlowClientError, unless_disconnected
 from headrace.errors import HeadraceError, InvalidRequestError, RequestError
@@ -38,6 +40,8 @@ from headrace.errors import HeadraceError, InvalidRequestError, RequestError
 logger = logging.getLogger(__name__)
 
 router = APIRouter()
+
+_ID = re.compile(r"resp_[0-9a-f]{24}")
 
 
 @router.post("/v1/responses")
@@ -49,9 +53,15 @@ async def create_response(request: Request) -> Response:
         services.check_admission()
         body, ignored = await receive(request)
         kept = _kept_for(body, services)
-        question = await read_question(request, body, response_id)
+        journal = _journal(request, body)
+        told_id = journal.head.id if journal and journal.head else response_id
+        question = await read_question(request, body, told_id)
         turn = await start_answer(
-            request, question, response_id, truncate=body.truncation == "auto"
+            request,
+            question,
+            response_id,
+            truncate=body.truncation == "auto",
+            journal=journal,
         )
 
     def answer(emit: Any = None) -> ResponseAnswer:
@@ -71,7 +81,9 @@ async def create_response(request: Request) -> Response:
         assert kept is not None
         return await _in_background(request, body, kept, question.items, answer, headers)
     if body.stream:
-        return _streamed(request, kept, question.items, answer, headers)
+        return _streamed(
+            request, kept, question.items, answer, headers, journaled=journal is not None
+        )
     made = answer()
 
     async def work() -> dict[str, Any]:
@@ -160,6 +172,17 @@ async def list_input_items(request: Request) -> Response:
     return json_response(page_of(request, items, "item", default=20, maximum=100))
 
 
+def _journal(request: Request, body: ResponsesRequest) -> Journal | None:
+    """None where a stream cannot go on elsewhere: one in the background is kept here, and the last
+    events tell log-probabilities again, which token ids do not."""
+    if not body.stream or body.background or body.wants_logprobs:
+        return None
+    journal = Journal.of(request.headers, body.model_extra)
+    if journal is not None and journal.head and not _ID.fullmatch(journal.head.id):
+        raise no_journal("its id is not that of a response")
+    return journal
+
+
 def _kept_for(body: ResponsesRequest, services: Services) -> KeptResponses | None:
     """Where the response is to be kept. Raises for what needs that where it cannot be."""
     if body.background:
@@ -187,22 +210,55 @@ async def _keep(
     return response
 
 
+class _Events:
+    """The events of one stream, numbered. With a journal each token is told with its first event,
+    or on its own if it has none; what another server has sent is passed over."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._number = self._told = 0
+        self._line = b""
+        self._cached_is_due = False
+
+    def journal_of(self, answer: ResponseAnswer) -> None:
+        journal = answer.journal
+        if journal is None:
+            return
+        self._told = journal.events
+        self._cached_is_due = journal.cached_tokens is None
+        self._line = b"" if journal.head else head_line(answer.head())
+        answer.on_token = self._on_token
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        if self._number >= self._told:
+            self._outbox.put(self._line + event_bytes(kind, self._number, fields))
+            self._line = b""
+        self._number += 1
+
+    def _on_token(self, choice: Choice, delta: TextDelta) -> None:
+        if self._line:  # of a token without events
+            self._outbox.put(self._line + b"\n")
+        ending = choice.ending if delta.finish_reason else None
+        if self._cached_is_due:
+            self._cached_is_due = False
+            self._line = first_line(delta.token_id, ending, choice.cached_tokens)
+        else:
+            self._line = line(choice.index, delta.token_id, ending)
+
+
 def _streamed(
     request: Request,
     kept: KeptResponses | None,
     items: list[Item],
     answer: Callable[[Any], ResponseAnswer],
     headers: dict[str, str],
+    *,
+    journaled: bool,
 ) -> Response:
     async def produce(outbox: Outbox) -> None:
-        number = 0
-
-        def emit(kind: str, **fields: Any) -> None:
-            nonlocal number
-            outbox.put(event_bytes(kind, number, fields))
-            number += 1
-
-        made = answer(emit)
+        events = _Events(outbox)
+        made = answer(events.emit)
+        events.journal_of(made)
         try:
             ended = await made.run()
         except (RequestError, SlowClientError):
@@ -213,8 +269,10 @@ def _streamed(
             logger.exception("Response %s: a bug", made.id)
             ended = made.failed(error)
         kind, fields = ending_event(await _keep(kept, ended, items))
-        emit(kind, **fields)
+        events.emit(kind, **fields)
 
+    if journaled:
+        headers[HEADER] = VERSION
     limit = services_of(request).config.max_unsent_bytes
     return EventStream(produce, max_unsent=limit, headers=headers)
 

@@ -5,7 +5,9 @@ https://platform.openai.com/docs/api-reference/responses/object
 
 from __future__ import annotations
 
+import hashlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from headrace.api import logprobs
@@ -16,9 +18,10 @@ from headrace.api.reply import usage_object
 from headrace.api.responses_items import ItemIds
 from headrace.api.responses_output import Emit, ResponseOutput, no_events
 from headrace.api.responses_protocol import TOOL_FIELDS, ResponsesRequest, own_terms
+from headrace.api.resume import Head
 from headrace.errors import EngineError, HeadraceError, OverloadedError, RequestError
 from headrace.text.message_text import MessagePiece, Reasoning
-from headrace.text.tool_calls import Content
+from headrace.text.tool_calls import CallStart, Content
 
 ENDED = ("completed", "incomplete", "failed", "cancelled")
 
@@ -39,7 +42,14 @@ class ResponseAnswer:
         emit: Emit | None = None,
     ) -> None:
         self.generation = turn.generation
-        self.id = turn.context.response_id
+        self.journal = turn.context.journal
+        self.on_token: Callable[[Choice, TextDelta], None] | None = None
+        """Told of each token before its events."""
+        head = self.journal.head if self.journal else None
+        self.id = head.id if head else turn.context.response_id
+        if self.journal:
+            self.generation.cached_tokens = self.journal.cached_tokens
+        self._calls = 0
         self._turn = turn
         self._emit = emit or no_events
         self._output = ResponseOutput(ids, self._emit, live=emit is not None)
@@ -55,7 +65,7 @@ class ResponseAnswer:
             **request_told_again(body, turn.generation.sampling_in_effect()),
             "id": self.id,
             "object": "response",
-            "created_at": int(time.time()),
+            "created_at": head.created if head else int(time.time()),
             "model": body.model or turn.model.name,
             "status": "queued" if self._queued else "in_progress",
             "error": None,
@@ -83,6 +93,7 @@ class ResponseAnswer:
             self.begin()
         try:
             with own_terms(self._origins):
+                self._resume()
                 await self.generation.run(self._add)
         except HeadraceError as error:
             if not isinstance(error, RequestError):
@@ -109,14 +120,45 @@ class ResponseAnswer:
             self._object = {**self._object, "status": "in_progress"}
             self._emit("response.in_progress", response=self._object)
         for delta in deltas:
-            if self._message is not None:
-                delta = self._message.read(delta)
-            if self._top_logprobs is not None:
-                self._add_logprobs(delta)
-            for piece in _pieces(delta):
-                self._output.add(piece, self._logprobs_of(piece))
-            if delta.finish_reason is not None:
-                self._finish_reason = delta.finish_reason
+            if self.on_token is not None:
+                self.on_token(choice, delta)
+            self._take(delta)
+
+    def _take(self, delta: TextDelta) -> None:
+        if self._message is not None:
+            delta = self._message.read(delta)
+        if self._top_logprobs is not None:
+            self._add_logprobs(delta)
+        for piece in _pieces(delta):
+            if isinstance(piece, CallStart) and self.journal is not None:
+                piece = piece._replace(id=self._call_id(piece))
+            self._output.add(piece, self._logprobs_of(piece))
+        if delta.finish_reason is not None:
+            self._finish_reason = delta.finish_reason
+
+    def head(self) -> Head:
+        """What a stream that goes on elsewhere must not change."""
+        return Head(
+            id=self.id,
+            created=self._object["created_at"],
+            seed=self.generation.seed,
+            fingerprint=self._turn.model.fingerprint,
+        )
+
+    def _resume(self) -> None:
+        """Take up what another server has sent."""
+        choice = self.generation.choices[0]
+        sent = self.journal.sent.get(choice.index) if self.journal else None
+        if sent is not None:
+            self.begin()
+            for delta in choice.resume(sent):
+                self._take(delta)
+
+    def _call_id(self, start: CallStart) -> str:
+        """The same wherever the stream goes on: the last event tells all calls again."""
+        self._calls += 1
+        digest = hashlib.blake2b(f"{self.id}/{self._calls}".encode(), digest_size=12).hexdigest()
+        return f"call_{digest}" if start.id.startswith("call_") else digest[: len(start.id)]
 
     def _end(self) -> dict[str, Any]:
         incomplete = self._finish_reason == "length"

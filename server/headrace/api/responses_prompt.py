@@ -11,6 +11,7 @@ from headrace.api.protocol import ChatCompletionRequest
 from headrace.api.responses_items import Item, ItemIds, input_items
 from headrace.api.responses_protocol import ResponsesRequest, own_terms
 from headrace.api.responses_store import conversation_before, is_reference, store_for
+from headrace.api.resume import Journal
 from headrace.api.services import services_of
 from headrace.errors import ContextLengthExceededError
 
@@ -46,17 +47,22 @@ async def read_question(request: Request, body: ResponsesRequest, response_id: s
 
 
 async def start_answer(
-    request: Request, question: Question, response_id: str, *, truncate: bool
+    request: Request,
+    question: Question,
+    response_id: str,
+    *,
+    truncate: bool,
+    journal: Journal | None = None,
 ) -> ChatTurn:
     """Have the engine answer. `truncate`: without the oldest turns, if all do not fit."""
     with own_terms(question.origins):
         try:
-            return await start_chat(request, question.chat, response_id)
+            return await start_chat(request, question.chat, response_id, journal=journal)
         except ContextLengthExceededError:
             if not truncate:
                 raise
         fitting = await _newest_turns(request, question.chat)
-        return await start_chat(request, fitting, response_id)
+        return await start_chat(request, fitting, response_id, journal=journal)
 
 
 async def question_prompt(request: Request, question: Question) -> ChatPrompt:

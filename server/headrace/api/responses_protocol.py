@@ -23,6 +23,7 @@ from headrace.api.protocol import (
     Int,
     StreamOptions,
 )
+from headrace.api.resume import FIELD, is_journaled
 from headrace.api.services import services_of
 from headrace.errors import InvalidRequestError, RequestError, UnsupportedParameterError
 
@@ -261,11 +262,13 @@ async def receive(request: Request) -> tuple[ResponsesRequest, list[str]]:
     """The body and the names of its unknown fields. Raises what body.receive raises."""
     config = services_of(request).config
     raw = await read_body(request, config.max_body_bytes)
-    return parse(raw, strict_fields=config.strict_fields)
+    return parse(raw, strict_fields=config.strict_fields, journaled=is_journaled(request.headers))
 
 
-def parse(raw: bytes, *, strict_fields: bool) -> tuple[ResponsesRequest, list[str]]:
-    """As body.parse_body."""
+def parse(
+    raw: bytes, *, strict_fields: bool, journaled: bool = False
+) -> tuple[ResponsesRequest, list[str]]:
+    """As body.parse_body. `journaled`: by a door, which may send what it has kept of a stream."""
     body = parse_json(ResponsesRequest, raw)
     extra = body.model_extra or {}
     for name in ("reasoning", "text"):
@@ -276,7 +279,7 @@ def parse(raw: bytes, *, strict_fields: bool) -> tuple[ResponsesRequest, list[st
         {name: value for name, value in extra.items() if name not in _EXTENSIONS},
         strict=strict_fields or bool(body.strict_fields),
         known=(*ResponsesRequest.model_fields, *_EXTENSIONS),
-        harmless=_HARMLESS,
+        harmless={**_HARMLESS, FIELD: ""} if journaled else _HARMLESS,
         refused=_REFUSED,
     )
     body.check()

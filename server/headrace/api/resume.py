@@ -111,8 +111,10 @@ class Journal:
                 "cannot go on as it would have."
             )
         for index, sent in self.sent.items():
-            if index > num_choices:  # that one is usage_line's
+            if index > num_choices:
                 raise no_journal(f"there is no choice {index}")
+            if index == num_choices:
+                continue  # usage_line's, or first_line's
             if sent.token_ids and max(sent.token_ids) >= vocab_size:
                 raise no_journal(f"choice {index} has token ids outside [0, {vocab_size - 1}]")
             if len(sent.token_ids) > max_tokens - (sent.finish_reason is None):
@@ -130,6 +132,12 @@ class Journal:
         if index in self.sent and sampling.prompt_logprobs is not None:
             return dataclasses.replace(sampling, prompt_logprobs=None)
         return sampling
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Of the prompt of a stream of one choice, when it was computed first."""
+        told = self.head.cached_tokens if self.head else None
+        return self.sent[1].token_ids[0] if told is None and self.token_ids(1) else told
 
     def token_ids(self, index: int) -> list[int]:
         """Those of a choice that the client has."""
@@ -159,6 +167,15 @@ def line(
     if head is not None:
         told["head"] = head
     return b": headrace " + msgspec.json.encode(told) + b"\n"
+
+
+def first_line(token_id: int | None, ending: str | None, cached_tokens: int | None) -> bytes:
+    """Of the first token of the only choice, where the head came before it: with cached_tokens,
+    kept as if it were a token of one more choice."""
+    entries = [Sent(0, [] if token_id is None else [token_id], ending)]
+    if cached_tokens is not None:
+        entries.append(Sent(1, [cached_tokens], None))
+    return b": headrace " + msgspec.json.encode({"c": entries}) + b"\n"
 
 
 def head_line(head: Head) -> bytes:
