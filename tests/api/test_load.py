@@ -77,6 +77,27 @@ async def test_an_unknown_model(http: httpx.AsyncClient) -> None:
     assert response.json()["error"]["code"] == "model_not_found"
 
 
+async def test_prefixes_are_told_on_to_who_asks(http: httpx.AsyncClient) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    before = await load(http, since="0")
+    assert before["prefixes"] == []
+    for value in ("1 ab:12 cd:20", "garbage"):
+        await http.post(CHAT, json=body, headers={"headrace-prefix": value})
+    after = await load(http, since=str(before["since"]))
+    assert (after["prefixes"], after["since"]) == (["1 ab:12 cd:20"], before["since"] + 1)
+    assert "prefixes" not in await load(http)
+    response = await http.get("/load", params={"since": "-1"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "since"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_says_what_its_prompt_was(http: httpx.AsyncClient, stream: bool) -> None:
+    body = {"prompt": "Hi", "max_tokens": 2, "stream": stream}
+    response = await http.post("/v1/completions", json=body)
+    assert response.headers["headrace-prompt"] == "tokens=2;cached=2"  # as the fake engine has it
+
+
 def test_speeds_are_told_apart_by_what_a_step_computes() -> None:
     speed = Speed()
     idle = EngineStats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -20,18 +21,20 @@ from headrace.route.choose import (
     RouteRequest,
     choose,
     key_of,
-    predicted_wait,
     rank,
 )
 
 
-def view(name: int, in_flight: int = 0, pending: int = 0, **load: Any) -> ReplicaView:
+def view(
+    name: int, in_flight: int = 0, pending: int = 0, recent: float = 0.0, **load: Any
+) -> ReplicaView:
     return ReplicaView(
         f"http://10.0.0.{name}:8000",
         ReplicaLoad(**load),
         in_flight=in_flight,
         pending_tokens=pending,
         pending_prompt_tokens=pending,
+        recent=recent,
     )
 
 
@@ -49,6 +52,7 @@ views = st.builds(
     pending=st.integers(0, 20_000),
     ready=st.booleans(),
     draining=st.booleans(),
+    recent=st.floats(0.0, 100.0),
     running=counts,
     queued=counts,
     queued_tokens=st.integers(0, 50_000),
@@ -71,6 +75,7 @@ def test_any_fleet(replicas: list[ReplicaView], data: st.DataObject) -> None:
         prompt_tokens=data.draw(st.integers(0, 5000)),
         affinity=data.draw(st.integers(0, (1 << 64) - 1)),
         cached_tokens=data.draw(held),
+        continued_tokens=data.draw(st.integers(0, 5000)),
     )
     usable = [r for r in replicas if r.load.ready and not r.load.draining]
     if not usable:
@@ -82,10 +87,9 @@ def test_any_fleet(replicas: list[ReplicaView], data: st.DataObject) -> None:
     mean = (sum(replica.busy for replica in usable) + 1) / len(usable)
     assert chosen.busy + 1 <= max(BALANCE_BOUND * mean, mean + BALANCE_SLACK)
     assert replicas[choose(replicas, asked)] is chosen
-    if len({replica.address for replica in replicas}) == len(replicas) and len(replicas) < 8:
+    if len({replica.address for replica in replicas}) == len(replicas):
         turned = replicas[::-1]
-        again = turned[choose(turned, asked)]
-        assert predicted_wait(again, asked) == predicted_wait(chosen, asked)
+        assert turned[choose(turned, asked)].address == chosen.address
 
 
 def test_a_cached_prefix_attracts_until_the_queue_there_is_longer() -> None:
@@ -106,6 +110,31 @@ def test_affinity_gives_way_to_balance() -> None:
     assert choose(replicas, asked) == 1
     replicas[1].in_flight = 7
     assert choose(replicas, asked) != 1
+
+
+def test_what_was_sent_of_late_counts_when_nothing_is_in_flight() -> None:
+    replicas = [view(name) for name in range(4)]
+    asked = request(tokens=1000, r1=900)
+    for _ in range(6):
+        replicas[1].sent(asked)
+        replicas[1].answered(asked)
+        replicas[1].ended()
+    assert choose(replicas, asked) != 1
+    replicas[1].fade(60.0)
+    assert (replicas[1].recent, choose(replicas, asked)) == (3.0, 1)
+
+
+def test_a_conversation_that_others_began_is_looked_for_at_its_first_choice() -> None:
+    replicas = [view(name) for name in range(8)]
+    home = choose(replicas, request())
+    replicas[home].pending_tokens = 100
+    begins = request(tokens=1000)
+    goes_on = RouteRequest(prompt_tokens=1000, affinity=1, continued_tokens=900)
+    assert choose(replicas, begins) != home
+    assert choose(replicas, goes_on) == home
+    elsewhere = (home + 1) % 8
+    known = request(tokens=1000, **{f"r{elsewhere}": 900})
+    assert choose(replicas, dataclasses.replace(known, continued_tokens=900)) == elsewhere
 
 
 def test_a_full_cache_repels() -> None:

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.route.prefix import CHUNK, DEFAULT_CAPACITY, MAX_BYTES, PrefixIndex, prefix_of
+from headrace.api.prefix_news import HEADER, PrefixNews
+from headrace.route.prefix import (
+    CHUNK,
+    DEFAULT_CAPACITY,
+    MAX_BYTES,
+    NEWS_HEADER,
+    PrefixIndex,
+    news_of,
+    prefix_of,
+    told_of,
+)
 
 SYSTEM = {"role": "system", "content": "You are terse. " * 200}
 
@@ -144,6 +154,42 @@ def test_a_replica_that_lost_what_it_held_is_believed_to_keep_less() -> None:
         index.answered(prefixes[-1], request, "a", request.prompt_tokens, request.prompt_tokens)
     assert index._replicas["a"].capacity == DEFAULT_CAPACITY
     index.check_invariants()
+
+
+def test_one_door_hears_from_the_replicas_what_another_one_sent() -> None:
+    texts = [f"{number} " * 50 for number in range(31)]
+    said, more = prefix_of(chat(*texts)), prefix_of(chat(*texts, "Yes.", "No?"))
+    replica, there = PrefixNews(), PrefixIndex()
+    before, _ = replica.since(0)
+    assert HEADER == NEWS_HEADER
+    replica.add(news_of(said))
+    number, fresh = replica.since(before)
+    there.heard("a", [*fresh, "2 ab:1", "1 ab:", "1 nothing:7", ""])
+    assert there.match(more) == {"a": there.estimate(said.ends[-1])}
+    assert there.match(prefix_of(chat(texts[0], "Else?")))["a"] > 700
+    assert replica.since(number) == (number, [])
+    there.check_invariants()
+
+
+def test_news_are_bounded_and_told_once() -> None:
+    replica = PrefixNews()
+    began, _ = replica.since(0)
+    for value in ("1 ab:12 cd:20", "nonsense", "1", "1 ab:12 " * 40, "1 xyz:1"):
+        replica.add(value)
+    assert replica.since(began) == (began + 1, ["1 ab:12 cd:20"])
+    for number in range(3000):
+        replica.add(f"1 {number:x}:1")
+    last, kept = replica.since(began)
+    assert (last, len(kept), kept[-1]) == (began + 3001, 1024, "1 bb7:1")
+    assert replica.since(last - 2)[1] == ["1 bb6:1", "1 bb7:1"]
+    assert replica.since(last + 5) == (last, [])
+
+
+def test_what_an_answer_tells_of_its_prompt() -> None:
+    assert told_of("tokens=812;cached=768") == (812, 768)
+    assert [told_of(value) for value in ("", "tokens=812", "tokens=x;cached=1", "=;=")] == [
+        None
+    ] * 4
 
 
 @given(

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from headrace.api.error_response import json_response
 from headrace.api.model_table import ServedModel
 from headrace.api.services import services_of
+from headrace.errors import InvalidRequestError
 
 router = APIRouter()
 
@@ -18,10 +19,20 @@ LOAD_VERSION = 1
 
 @router.get("/load")
 async def load(request: Request) -> Response:
-    """What the engine of `model` (default: the first one) has to do, and how fast it is."""
+    """What the engine of `model` (default: the first one) has to do, and how fast it is.
+
+    With `since` also the prefixes that doors sent to this process after that number.
+    """
     services = services_of(request)
     model = services.models.find(request.query_params.get("model"))
-    return json_response(load_of(model, draining=services.draining))
+    answer = load_of(model, draining=services.draining)
+    if (since := request.query_params.get("since")) is not None:
+        if not (since.isascii() and since.isdigit()):
+            raise InvalidRequestError(
+                f"since must be a number that GET /load gave, got {since[:40]!r}.", param="since"
+            )
+        answer["since"], answer["prefixes"] = services.prefix_news.since(int(since))
+    return json_response(answer)
 
 
 def load_of(model: ServedModel, *, draining: bool) -> dict[str, Any]:

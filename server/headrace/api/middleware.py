@@ -14,7 +14,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headrace.api import playground
+from headrace.api import playground, prefix_news
 from headrace.api.error_response import error_response
 from headrace.api.inner_request import INSIDE
 from headrace.api.messages_errors import speaks_anthropic
@@ -56,6 +56,8 @@ class RequestMiddleware:
         status = CLIENT_GONE
         try:
             if self._authorized(scope):
+                if told := Headers(scope=scope).get(prefix_news.HEADER):
+                    self._services.prefix_news.add(told)
                 await self._app(scope, receive, exchange.send)
             else:
                 await _unauthorized(scope["path"])(scope, receive, exchange.send)

@@ -72,7 +72,10 @@ _PAGE: dict[str, dict[str, Any]] = {
 _QUERIES: dict[str, dict[str, dict[str, Any]]] = {
     "/v1/files": {**_PAGE, "purpose": {"type": "string"}},
     "/v1/batches": _PAGE,
-    "/load": {"model": {"type": "string", "description": "A served name."}},
+    "/load": {
+        "model": {"type": "string", "description": "A served name."},
+        "since": {"type": "integer", "minimum": 0, "description": "The last answer's `since`."},
+    },
     "/v1/responses/{response_id}": {
         "stream": {"type": "boolean"},
         "starting_after": {"type": "integer", "minimum": 0},

@@ -330,6 +330,8 @@ class Load(Struct):
     prefix_query_tokens: int
     prefix_hit_tokens: int
     max_num_seqs: int
+    since: int | UnsetType = UNSET
+    prefixes: list[str] | UnsetType = UNSET
 
 
 class Version(Struct):

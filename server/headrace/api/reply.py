@@ -87,6 +87,7 @@ class Reply(ABC):
         headers = {"headrace-sampling": _encode(generation.sampling_in_effect()).decode()}
         if not self._stream:
             answer = await unless_disconnected(request.receive, self.answer(generation))
+            headers |= prompt_header(generation.usage)
             if (timing := generation.usage.timing) is not None:
                 headers["server-timing"] = server_timing(timing)
             return Response(_encode(answer), headers=headers, media_type="application/json")
@@ -103,7 +104,12 @@ class Reply(ABC):
         if journal is not None:
             headers[HEADER] = VERSION
         limit = services_of(request).config.max_unsent_bytes
-        return EventStream(produce, max_unsent=limit, headers=headers)
+        return EventStream(
+            produce,
+            max_unsent=limit,
+            headers=headers,
+            first_known=lambda: prompt_header(generation.usage),
+        )
 
     async def answer(self, generation: Generation) -> dict[str, Any]:
         """The whole answer, when the generation has ended."""
@@ -272,6 +278,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
             "preemptions": timing.preemptions,
         }
     return shaped
+
+
+def prompt_header(usage: Usage) -> dict[str, str]:
+    """What a front door learns from: the prompt's tokens, and how many of them were cached."""
+    if usage.cached_tokens is None:
+        return {}
+    return {"headrace-prompt": f"tokens={usage.prompt_tokens};cached={usage.cached_tokens}"}
 
 
 def server_timing(timing: Timing) -> str:

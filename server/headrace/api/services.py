@@ -14,6 +14,7 @@ from headrace.api.background import BackgroundWork
 from headrace.api.ledger import MetricsSink, RequestLedger
 from headrace.api.model_table import ModelTable
 from headrace.api.open_requests import OpenRequests
+from headrace.api.prefix_news import PrefixNews
 from headrace.api.store import Store
 from headrace.errors import HeadraceError, UnavailableError, error_body
 
@@ -37,6 +38,7 @@ class Services:
     """Why there is no store."""
     background: BackgroundWork = field(default_factory=BackgroundWork)
     """Responses that are made after their requests have been answered."""
+    prefix_news: PrefixNews = field(default_factory=PrefixNews)
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a batch was made or is to be cancelled: the runner looks at once."""
 

@@ -90,13 +90,16 @@ class EventStream(StreamingResponse):
         *,
         max_unsent: int,
         headers: Mapping[str, str] | None = None,
+        first_known: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
+        """`first_known`: gives the headers that are known with the first event."""
         super().__init__(
             iter(()),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})},
         )
         self._produce = produce
+        self._first_known = first_known
         self._outbox = Outbox(max_unsent)
         self._started = False
 
@@ -132,6 +135,7 @@ class EventStream(StreamingResponse):
         while data := await self._outbox.take():
             if not self._started:
                 self._started = True
+                self.headers.update(self._first_known())
                 await send(
                     {
                         "type": "http.response.start",

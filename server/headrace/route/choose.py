@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 LOAD_VERSION = 1
@@ -19,6 +19,11 @@ BALANCE_BOUND = 1.25
 """No replica gets a request for its cache while it has more than this times the mean in flight."""
 BALANCE_SLACK = 2.0
 """And it may always have this many more than the mean: a mean below one says little."""
+RECENT_SLACK = 4.0
+"""The same for what was sent of late."""
+RECENT_HALF_LIFE_S = 60.0
+HOME_TRUST = 0.75
+"""How much of a conversation that began elsewhere its first choice is expected to hold."""
 FULL_KV = 0.95
 """The share of KV blocks in use from which on a request is expected to wait for blocks."""
 MAX_HOLDERS = 8
@@ -113,6 +118,8 @@ class ReplicaView:
     answered yet."""
     pending_prompt_tokens: int = 0
     """All prompt tokens of those requests: what the replica counts."""
+    recent: float = 0.0
+    """Requests that this door sent there of late: `sent` adds one, `fade` takes some away."""
     key: int = field(init=False)
     """64 bits of the address, for ranking."""
 
@@ -122,6 +129,7 @@ class ReplicaView:
     def sent(self, request: RouteRequest) -> None:
         """A request goes there."""
         self.in_flight += 1
+        self.recent += 1.0
         self.pending_tokens += request.missing_at(self.address)
         self.pending_prompt_tokens += request.prompt_tokens
 
@@ -133,6 +141,10 @@ class ReplicaView:
     def ended(self) -> None:
         """It is over. Once for each `sent`."""
         self.in_flight -= 1
+
+    def fade(self, seconds: float) -> None:
+        """So much time has passed; the door calls it with every report."""
+        self.recent *= 0.5 ** (seconds / RECENT_HALF_LIFE_S)
 
     @property
     def busy(self) -> int:
@@ -158,6 +170,8 @@ class RouteRequest:
     prefix_keys: tuple[int, ...] = ()
     """Chained keys of its prefixes, shortest first; see prefix.py."""
     session: str | None = None
+    continued_tokens: int = 0
+    """Of a conversation that goes on: those that its last turn has computed somewhere."""
     cached_tokens: Mapping[str, int] = field(default_factory=dict)
     """Address -> prompt tokens believed in that replica's KV cache; see PrefixIndex.match."""
 
@@ -180,8 +194,9 @@ def choose(replicas: Sequence[ReplicaView], request: RouteRequest) -> int:
 
     Candidates are the replicas believed to hold the most of the prompt and the two that rank first
     for its affinity key: a door that knows nothing yet sends a session where another door would,
-    and to the shorter of two queues. Of those within the balance bound the one with the smallest
-    predicted_wait gets it, then the one that ranks higher. When none is, all that are compete.
+    and to the shorter of two queues. Of those within the balance bound, now and over the last
+    minute, the one with the smallest predicted_wait gets it, then the one that ranks higher. When
+    none is, all that are within it now compete.
 
     Raises NoReplicaError when no replica is ready and stays.
     """
@@ -196,12 +211,18 @@ def choose(replicas: Sequence[ReplicaView], request: RouteRequest) -> int:
     mean = (sum(busy) + len(busy) - num_usable + 1) / num_usable
     bound = max(BALANCE_BOUND * mean, mean + BALANCE_SLACK) - 1
     candidates = _two_first(replicas, busy, request.affinity)
+    request = _trusting(replicas[candidates[0]].address, request)
     if request.cached_tokens:
         holders = _best_holders(request)
         candidates += [
             index for index, replica in enumerate(replicas) if replica.address in holders
         ]
-    within = [index for index in candidates if 0 <= busy[index] <= bound]
+    recent = [
+        replica.recent if count >= 0 else 0.0 for replica, count in zip(replicas, busy, strict=True)
+    ]
+    mean_recent = sum(recent) / num_usable
+    recent_bound = max(BALANCE_BOUND * mean_recent, mean_recent + RECENT_SLACK)
+    within = [i for i in candidates if 0 <= busy[i] <= bound and recent[i] <= recent_bound]
     # There is always one: the least busy has at most the mean.
     within = within or [index for index, count in enumerate(busy) if 0 <= count <= bound]
     return min(
@@ -226,6 +247,16 @@ def predicted_wait(replica: ReplicaView, request: RouteRequest) -> float:
             # In the long run blocks are freed as fast as they are filled: a token a row and step.
             wait += short * load.decode_step_s / max(load.running, 1)
     return wait
+
+
+def _trusting(home: str, request: RouteRequest) -> RouteRequest:
+    """With the belief that its first choice holds a conversation that no known replica does: other
+    doors sent it there, if they could."""
+    cached = request.cached_tokens
+    expected = int(HOME_TRUST * request.continued_tokens)
+    if expected <= max(cached.values(), default=0):
+        return request
+    return replace(request, cached_tokens={**cached, home: expected})
 
 
 def _best_holders(request: RouteRequest) -> Collection[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,14 @@ DEFAULT_CAPACITY = 1 << 17
 """Tokens that a replica is believed to keep until it says."""
 TOLERANCE = 128
 """Tokens that may be missing of what was believed cached: a block, or what was estimated."""
+
+NEWS_HEADER = "headrace-prefix"
+"""In which a door tells a replica what a request begins with, for the replica to tell other doors
+(api/prefix_news.py)."""
+PROMPT_HEADER = "headrace-prompt"
+"""Of an answer: what `answered` is to be told."""
+NEWS_VERSION = "1"
+NEWS_CUTS = 8
 
 _RENDERED_FIRST = (
     *("model", "cache_salt", "tools", "functions", "tool_choice", "documents", "chat_template"),
@@ -71,6 +79,24 @@ def prefix_of(body: Mapping[str, Any]) -> Prefix:
     return Prefix(tuple(keys), tuple(ends), opening, sum(map(len, parts)))
 
 
+def news_of(prefix: Prefix) -> str:
+    """The value of the header NEWS_HEADER for a request: the last of its cuts, and its opening."""
+    first = prefix.keys.index(prefix.opening) if prefix.opening in prefix.keys else 0
+    cuts = sorted({first, *range(max(len(prefix.keys) - NEWS_CUTS, 0), len(prefix.keys))})
+    told = " ".join(f"{prefix.keys[cut]:x}:{prefix.ends[cut]}" for cut in cuts)
+    return f"{NEWS_VERSION} {told}"
+
+
+def told_of(value: str) -> tuple[int, int] | None:
+    """(prompt tokens, those of them that were cached) by the header PROMPT_HEADER of an answer, or
+    None when it says something else."""
+    try:
+        told = dict(member.split("=") for member in value.split(";"))
+        return int(told["tokens"]), int(told["cached"])
+    except (ValueError, KeyError):
+        return None
+
+
 def _parts(body: Mapping[str, Any]) -> tuple[list[bytes], int]:
     """The bytes between places where prompts may part, and the index of the opening part."""
     # No part of its own: without tools it is no prefix worth to be remembered.
@@ -110,7 +136,7 @@ class _Replica:
 class PrefixIndex:
     """Which replica holds which prefixes, as far as one door can tell. One for each model.
 
-    Each door has its own: what another one sent is learned when it comes by here.
+    Each door has its own. What others send it learns from the replicas (`heard`).
     """
 
     def __init__(self, max_keys: int = 200_000) -> None:
@@ -127,7 +153,9 @@ class PrefixIndex:
 
     def request(self, prefix: Prefix, session: str | None = None) -> RouteRequest:
         """What choose() needs to know. `session`: what the client calls it, if it does."""
+        goes_on = len(prefix.keys) > 1 and prefix.opening in prefix.keys[:-1]
         return RouteRequest(
+            continued_tokens=self.estimate(prefix.ends[-2]) if goes_on else 0,
             prompt_tokens=max(self.estimate(prefix.num_bytes), 1),
             affinity=prefix.opening if session is None else key_of(session.encode()),
             prefix_keys=prefix.keys,
@@ -138,15 +166,10 @@ class PrefixIndex:
     def match(self, prefix: Prefix) -> dict[str, int]:
         """Address -> tokens of this prompt that are believed cached there; only those with any."""
         found: dict[str, int] = {}
-        deepest = 0
-        for key in prefix.keys:  # a prefix counts only behind all shorter ones
-            if key not in self._holders:
-                break
-            deepest += 1
-        for cut in range(deepest - 1, -1, -1):
-            holders = self._holders[prefix.keys[cut]]
-            if len(holders) > len(found):
-                tokens = self.estimate(prefix.ends[cut])
+        for key, end in zip(reversed(prefix.keys), reversed(prefix.ends), strict=True):
+            holders = self._holders.get(key)
+            if holders and len(holders) > len(found):
+                tokens = self.estimate(end)
                 for address in holders:
                     found.setdefault(address, tokens)
         return found
@@ -190,6 +213,21 @@ class PrefixIndex:
             self._evict(address, replica)
         else:
             replica.capacity = min(replica.capacity * 1.01, replica.largest)
+
+    def heard(self, address: str, news: Iterable[str]) -> None:
+        """Values of the header NEWS_HEADER that a replica got, from this door or another: what is
+        in GET /load?since=. Those that cannot be read are left out."""
+        for value in news:
+            version, _, cuts = value.partition(" ")
+            if version != NEWS_VERSION:
+                continue
+            try:
+                pairs = [cut.split(":") for cut in cuts.split()]
+                keys = tuple(int(key, 16) for key, _ in pairs)
+                ends = tuple(int(end) for _, end in pairs)
+            except ValueError:
+                continue
+            self.sent(Prefix(keys, ends, 0, 0), address)
 
     def set_capacity(self, address: str, tokens: int) -> None:
         """Tokens that fit into the KV cache of `address`, as GET /load tells (blocks x size)."""
