@@ -27,6 +27,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_TIMEOUT = 900.0
 """Seconds for a rollout; loading weights takes most of them."""
 JOB_TIMEOUT = 120.0
+AGENT_TIMEOUT = 30.0
 POLL_SECONDS = 0.5
 
 Tell = Callable[[str], None]
@@ -115,7 +116,7 @@ class Dashboard:
         command = f"python -m {node_report.__name__} {shlex.quote(asked)}"
         try:
             client = JobSubmissionClient(self.address)
-            job = client.submit_job(entrypoint=command)
+            job = _submit(client, command)
             deadline = time.monotonic() + JOB_TIMEOUT
             while not (status := client.get_job_status(job)).is_terminal():
                 if time.monotonic() > deadline:
@@ -136,6 +137,18 @@ class Dashboard:
             )
         found: dict[str, Any] = json.loads(answers[-1].removeprefix(node_report.MARK))
         return found
+
+
+def _submit(client: Any, command: str) -> str:
+    """The job's id. A cluster that has just begun has nobody yet who takes jobs."""
+    deadline = time.monotonic() + AGENT_TIMEOUT
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=command))
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
 
 
 def _check_cluster(cluster: Dashboard, demands: Sequence[Demand], tell: Tell) -> None:
