@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from headrace.listening import listen, url_of
+from headrace.route import waking
 from headrace.route.config import RouteConfig
 from headrace.route.door import Door
 from headrace.route.fleet import Source
-from headrace.route.ray_source import ray_source
+from headrace.route.ray_source import RegistrySource, ray_source
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,13 @@ def _sources(config: RouteConfig) -> list[Source]:
     return [ray_source(reference) for reference in references if reference]
 
 
+def _report(sources: Sequence[Source], queued: Mapping[str, int]) -> None:
+    """What waits here is told where replicas register."""
+    for source in sources:
+        if isinstance(source, RegistrySource):
+            source.report_demand(queued)
+
+
 async def run(
     config: RouteConfig,
     *,
@@ -83,7 +91,14 @@ async def run(
     """
     listener = listen(config.host, config.port, shared=shared)
     life = DoorLife(reread)
-    life.door = door = Door(config, sources=_sources(config), metrics_folder=metrics_folder)
+    sources = _sources(config)
+    life.door = door = Door(
+        config,
+        sources=sources,
+        metric_families=waking.FAMILIES,
+        metrics_folder=metrics_folder,
+    )
+    waking.attach(door, lambda queued: _report(sources, queued))
     try:
         await door.start(listener)
         await door.fleet.settle(SETTLE_SECONDS)

@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from headrace.errors import UnavailableError
 from headrace.observability.families import Family
+
+if TYPE_CHECKING:
+    from headrace.route.config import Wake
+    from headrace.route.door import Door
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -163,3 +167,33 @@ class Waking:
                 opened.set_result(None)
         if tickets:
             self._report(self.queued)
+
+
+def attach(door: Door, report: ReportDemand = lambda queued: None) -> None:
+    """Let requests for models with `wake` wait at `door`, which was made with FAMILIES."""
+
+    def wakes() -> dict[str, Wake]:
+        routes = door.config.models.items()
+        return {door.policy.main_application(name): it.wake for name, it in routes if it.wake}
+
+    def model_of(application: str) -> str:
+        for name in door.config.models:
+            if door.policy.main_application(name) == application:
+                return name
+        return application
+
+    gauge = door.metrics.family("door_queued_requests")
+    ended = door.metrics.family("door_unqueued_requests_total")
+    waking = Waking(
+        wakes,
+        report,
+        lambda application, outcome: ended.labels(model_of(application), outcome).inc(),
+    )
+
+    def show() -> None:
+        for application, count in waking.queued.items():
+            gauge.labels(model_of(application)).set(count)
+
+    door.metrics.before.append(show)
+    door.fleet.on_up.append(lambda application, replica: waking.on_up(application))
+    door.wait_for_replica = lambda application, asked: waking.wait(application)
