@@ -20,10 +20,12 @@ from headrace.errors import ConfigError
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where requests can go: an application that a source knows, or replicas by their URLs."""
+    """Where requests can go: an application that a source knows, replicas by their URLs, or a URL
+    whose host has an address per replica, such as a headless Service."""
 
     application: str = ""
     replicas: tuple[str, ...] = ()
+    service: str = ""
 
 
 class Canary(Backend, frozen=True, kw_only=True):
@@ -159,11 +161,12 @@ def _checked(config: RouteConfig, origin: str) -> RouteConfig:
 
 def _check_backend(target: Target, origin: str) -> None:
     backend = target.backend
-    if bool(backend.application) == bool(backend.replicas):
+    if [bool(backend.application), bool(backend.replicas), bool(backend.service)].count(True) != 1:
         raise ConfigError(
-            f"{origin}: {target.name!r} needs either 'replicas: [URL]' or 'application: NAME'."
+            f"{origin}: {target.name!r} needs one of 'replicas: [URL]', 'application: NAME' and "
+            "'service: URL'."
         )
-    for url in backend.replicas:
+    for url in (*backend.replicas, *([backend.service] if backend.service else ())):
         split_url(url, origin)
 
 

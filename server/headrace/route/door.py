@@ -27,6 +27,7 @@ from headrace.route.asked import OPEN_PATHS, Asked, Kind
 from headrace.route.client_connection import BodyStream, ClientConnection
 from headrace.route.config import RouteConfig, targets
 from headrace.route.dispatch import Dispatch
+from headrace.route.dns_source import DnsSource
 from headrace.route.fleet import Fleet, Source
 from headrace.route.guide import Guide, Whereabouts
 from headrace.route.http_text import OwnAnswer, header, json_answer
@@ -86,7 +87,7 @@ class Door:
     async def start(self, listener: socket.socket) -> None:
         """Accept connections at `listener`, and learn of replicas."""
         self._learn_static()
-        for source in self._sources:
+        for source in (DnsSource(self._services), *self._sources):
             self.fleet.start(source)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
@@ -103,6 +104,9 @@ class Door:
             it.name: it.backend.replicas for it in targets(self.config) if it.backend.replicas
         }
         self.fleet.update("configuration", replicas)
+
+    def _services(self) -> dict[str, str]:
+        return {it.name: it.backend.service for it in targets(self.config) if it.backend.service}
 
     @property
     def num_live(self) -> int:
