@@ -13,7 +13,10 @@ import yaml
 from tests.deploy import manifests
 from tests.deploy.manifests import CHART, ROOT, custom_resource_errors, documents, pods
 
+from headrace.cli import _parse
 from headrace.config import load_options
+from headrace.route.asked import OPEN_PATHS
+from headrace.route.config import parse_config
 
 kubernetes_validate = pytest.importorskip(
     "kubernetes_validate", reason="pip install -c constraints.txt 'headrace[manifests]'"
@@ -176,14 +179,32 @@ def test_selectors_find_the_pods_they_mean() -> None:
 @needs_helm
 def test_the_door_s_configuration_names_the_services_of_the_models() -> None:
     found = cluster()
-    config = yaml.safe_load(one(found, "ConfigMap", "headrace-door")["data"]["door.yaml"])
-    assert config["models"] == {
-        "Qwen/Qwen2.5-7B-Instruct": {
-            "replicas": ["http://headrace-qwen-replicas:8000"],
-            "aliases": ["qwen"],
-        },
-        "smollm2": {"replicas": ["http://headrace-smollm2-replicas:8000"], "aliases": ["default"]},
+    text = one(found, "ConfigMap", "headrace-door")["data"]["door.yaml"]
+    config = parse_config(yaml.safe_load(text), origin="door.yaml")
+    assert (config.host, config.port, config.log_format) == ("0.0.0.0", 8000, "json")
+    models = {name: (it.service, it.aliases) for name, it in config.models.items()}
+    assert models == {
+        "Qwen/Qwen2.5-7B-Instruct": ("http://headrace-qwen-replicas:8000", ("qwen",)),
+        "smollm2": ("http://headrace-smollm2-replicas:8000", ("default",)),
     }
     for name in ("headrace-qwen-replicas", "headrace-smollm2-replicas"):
         service = one(found, "Service", name)["spec"]
         assert service["clusterIP"] == "None" and service["ports"][0]["port"] == 8000
+
+
+@needs_helm
+def test_the_door_is_started_and_asked_as_it_can_be() -> None:
+    found = cluster()
+    pod = one(found, "Deployment", "headrace-door")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    args = _parse(container["args"])
+    assert args.config == "/etc/headrace/door.yaml"
+    # Kubernetes replaces $(NAME) by a variable that is defined in the same container.
+    assert args.api_key == "$(HEADRACE_API_KEY)"
+    assert [entry["name"] for entry in container["env"]] == ["HEADRACE_API_KEY"]
+    text = one(found, "ConfigMap", "headrace-door")["data"]["door.yaml"]
+    drain = parse_config(yaml.safe_load(text), origin="door.yaml").shutdown_timeout
+    assert pod["terminationGracePeriodSeconds"] >= drain + 10
+    assert "startupProbe" not in container, "it would end a door that waits for models"
+    for name in ("livenessProbe", "readinessProbe"):
+        assert container[name]["httpGet"]["path"] in OPEN_PATHS

@@ -68,11 +68,13 @@ securityContext:
 
 {{/* /livez: is the process worth keeping; /readyz: may it get requests. Both need no key. */}}
 {{- define "headrace.probes" -}}
+{{- with .startupSeconds }}
 startupProbe:
   httpGet: {path: /readyz, port: http}
   periodSeconds: 5
   timeoutSeconds: 5
-  failureThreshold: {{ divf .startupSeconds 5 | ceil }}
+  failureThreshold: {{ divf . 5 | ceil }}
+{{- end }}
 livenessProbe:
   httpGet: {path: /livez, port: http}
   periodSeconds: 10
