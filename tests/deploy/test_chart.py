@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def test_the_plain_manifest_is_the_chart_with_its_defaults() -> None:
         ("modle=x", "modle"),
         ("modelDefaults.options.shutdown_timout=3", "shutdown_timout"),
         ("models[0].name=a,models[0].replicsa=2", "replicsa"),
+        (
+            "modelDefaults.autoscaling.minReplicas=0,modelDefaults.autoscaling.kind=keda",
+            "must wait",
+        ),
         ("door.enabled=true,door.models.nobody.aliases[0]=x", "door.models.nobody: no such model"),
     ],
 )
@@ -171,9 +176,11 @@ def test_selectors_find_the_pods_they_mean() -> None:
         assert meant == [document["metadata"]["name"].removesuffix("-replicas")]
     monitor = one(found, "PodMonitor", "headrace")["spec"]
     assert all(monitor["selector"]["matchLabels"].items() <= own.items() for own in labels.values())
-    for kind in ("HorizontalPodAutoscaler", "ScaledObject"):
-        (scaler,) = (d for d in found if d["kind"] == kind)
-        assert scaler["spec"]["scaleTargetRef"]["name"] in labels
+    scalers = [d for d in found if d["kind"] in ("HorizontalPodAutoscaler", "ScaledObject")]
+    assert len(scalers) == 3
+    for scaler in scalers:
+        assert scaler["spec"]["scaleTargetRef"]["name"] == scaler["metadata"]["name"]
+        assert scaler["metadata"]["name"] in labels
 
 
 @needs_helm
@@ -186,6 +193,7 @@ def test_the_door_s_configuration_names_the_services_of_the_models() -> None:
     assert models == {
         "Qwen/Qwen2.5-7B-Instruct": ("http://headrace-qwen-replicas:8000", ("qwen",)),
         "smollm2": ("http://headrace-smollm2-replicas:8000", ("default",)),
+        "seldom": ("http://headrace-seldom-replicas:8000", ()),
     }
     for name in ("headrace-qwen-replicas", "headrace-smollm2-replicas"):
         service = one(found, "Service", name)["spec"]
@@ -208,3 +216,32 @@ def test_the_door_is_started_and_asked_as_it_can_be() -> None:
     assert "startupProbe" not in container, "it would end a door that waits for models"
     for name in ("livenessProbe", "readinessProbe"):
         assert container[name]["httpGet"]["path"] in OPEN_PATHS
+
+
+@needs_helm
+def test_a_model_that_sleeps_is_woken_by_what_waits_at_the_door() -> None:
+    found = cluster()
+    text = one(found, "ConfigMap", "headrace-door")["data"]["door.yaml"]
+    models = parse_config(yaml.safe_load(text), origin="door.yaml").models
+    assert [name for name, it in models.items() if it.wake is not None] == ["seldom"]
+    wake = models["seldom"].wake
+    assert wake is not None and wake.deadline_s == 900, "what loading may take"
+    scaled = one(found, "ScaledObject", "headrace-seldom")["spec"]
+    assert scaled["minReplicaCount"] == 0
+    queries = [trigger["metadata"]["query"] for trigger in scaled["triggers"]]
+    assert any("headrace_door_queued_requests" in query for query in queries)
+    assert all('model_name="seldom"' in query for query in queries)
+
+
+@needs_helm
+def test_the_alerts_know_the_scraped_job() -> None:
+    monitor = one(cluster(), "PodMonitor", "headrace")["spec"]
+    (label,) = (monitor["jobLabel"],)
+    jobs = {
+        d["spec"]["template"]["metadata"]["labels"][label]
+        for d in cluster()
+        if d["kind"] == "Deployment"
+    }
+    alerts = (ROOT / "deploy" / "prometheus" / "headrace-alerts.yaml").read_text()
+    (pattern,) = set(re.findall(r'job=~"([^"]+)"', alerts))
+    assert jobs and all(re.fullmatch(pattern, job) for job in jobs)

@@ -25,6 +25,7 @@ from headrace.config import ServerOptions, load_options
 from headrace.deploy.ray_serve import ENGINE_CLOSE_SECONDS
 from headrace.deploy.switches import SERVING
 from headrace.observability.families import FAMILIES
+from headrace.route import waking
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -305,7 +306,7 @@ def test_names_that_kserve_looks_for() -> None:
 def test_metric_names_exist() -> None:
     texts = [path.read_text() for path in (manifests.CHART / "templates").glob("*.yaml")]
     texts += [(FOLDER / name).read_text() for name in FILES]
-    known = {family.full_name: set(family.labels) for family in FAMILIES}
+    known = {family.full_name: set(family.labels) for family in (*FAMILIES, *waking.FAMILIES)}
     used = [
         found
         for text in texts
