@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from headrace.errors import ConfigError
 from headrace.observability.logging import configure_logging
-from headrace.route import run
+from headrace.route import processes, run
 from headrace.route.config import (
     RouteConfig,
     parse_config,
@@ -63,23 +64,28 @@ def route(
             "address can use what the replicas let in.",
             soft_wrap=True,
         )
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(
-            run.run(config, on_ready=lambda door, url: _print(console, door, url), reread=reread)
+    if config.processes > 1:
+        return processes.run_several(
+            config, on_ready=partial(_print, console, config, None), reread=reread
         )
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run.run(config, on_ready=partial(_print, console, config), reread=reread))
 
 
-def _print(console: Console, door: Door, url: str) -> None:
-    """What is behind the door, and how to ask it."""
+def _print(console: Console, config: RouteConfig, door: Door | None, url: str) -> None:
+    """What is behind the door, where one process knows, and how to ask it."""
     console.print()
-    for name, model in door.config.models.items():
-        replicas = door.fleet.applications.get(target_name(name, model), [])
+    for name, model in config.models.items():
+        known = door.fleet.applications if door is not None else {}
+        replicas = known.get(target_name(name, model), [])
         ready = sum(it.usable for it in replicas)
         found = f"{ready} of {len(replicas)} replicas ready" if replicas else "no replica yet"
+        if door is None:
+            found = f"{len(model.replicas)} replicas" if model.replicas else model.application
         names = ", ".join((name, *model.aliases))
         console.print(f"  [bold]{'Model':<10}[/]{names}: {found}", soft_wrap=True)
     console.print(f"  [bold]{'URL':<10}[/]{url}/v1", soft_wrap=True)
-    body = f'{{"model": "{door.config.default_model}", "messages": [{{"role": "user", "content": '
+    body = f'{{"model": "{config.default_model}", "messages": [{{"role": "user", "content": '
     console.print(
         f"\n  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '"
         + body

@@ -24,9 +24,9 @@ SETTLE_SECONDS = 3.0
 class DoorLife:
     """Signals: the first SIGTERM or SIGINT drains, the second ends; SIGHUP reads the file again."""
 
-    def __init__(self, reread: Callable[[], RouteConfig | None]) -> None:
+    def __init__(self, reread: Callable[[], RouteConfig | None], *, takes_sigint: bool) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, *((signal.SIGINT,) if takes_sigint else ())):
             loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         self.status: asyncio.Future[int] = loop.create_future()
@@ -83,14 +83,16 @@ async def run(
     reread: Callable[[], RouteConfig | None] = lambda: None,
     shared: bool = False,
     metrics_folder: str = "",
+    takes_sigint: bool = True,
 ) -> int:
     """Serve until a signal; the process's exit status.
 
     `on_ready` gets the door and its URL once it listens and has asked its replicas. `shared`: the
-    port is that of other processes, too. Raises ConfigError if the address cannot be had.
+    port is that of other processes, too, who write their metrics to `metrics_folder`. Raises
+    ConfigError if the address cannot be had.
     """
     listener = listen(config.host, config.port, shared=shared)
-    life = DoorLife(reread)
+    life = DoorLife(reread, takes_sigint=takes_sigint)
     sources = _sources(config)
     life.door = door = Door(
         config,
