@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from headrace.api import batch_input
+from headrace.api.model_table import UnservedVersion
 
 if TYPE_CHECKING:
     from tests.api.conftest import Keeping
@@ -118,3 +120,21 @@ async def test_files_that_are_no_batch(
     assert done.status == "failed"
     assert done.errors is not None and done.errors.data is not None
     assert done.errors.data[0].code == code
+
+
+async def test_a_batch_waits_while_no_version_serves(kept: Keeping) -> None:
+    models = kept.site.services.models
+    kept.site.engine.hold = True
+    batch = await kept.create(*(line(f"line {index}") for index in range(8)))
+    async with asyncio.timeout(5):
+        while not kept.site.engine.requests:
+            await asyncio.sleep(0.005)
+    models.replace([], [UnservedVersion(name="org/tiny", version=2, state="loading")])
+    kept.site.engine.hold = False
+    await asyncio.sleep(0.2)
+    begun = len(kept.site.engine.requests)
+    assert begun < 8
+    models.replace([kept.site.model], [])
+    done = await kept.ended(batch.id)
+    assert done.status == "completed" and done.request_counts is not None
+    assert done.request_counts.to_dict() == {"total": 8, "completed": 8, "failed": 0}

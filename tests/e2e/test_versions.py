@@ -217,6 +217,7 @@ def test_a_killed_engine_of_a_new_version_is_replaced(
     server.stop()
 
 
+@pytest.mark.timeout(400)  # six engines start
 def test_a_version_whose_engine_is_lost_gives_its_place_to_the_one_before(
     start_server: StartServer, versions: Folder
 ) -> None:

@@ -340,6 +340,7 @@ async def test_an_engine_that_is_lost_gives_its_place_to_the_version_before(site
         lost.events.on_dead(EngineError("it died 4 times"))
         await until(served(site, 1))
         assert await says(http) == "I am version 1."
+        await until(lambda: lost.closed)
         assert (await cards(http))["m@2"]["reason"] == "it died 4 times"
         assert lost.closed and not site.dead
         site.hosts[1][0].events.on_dead(EngineError("this one, too"))
@@ -391,3 +392,30 @@ async def test_engine_counters_go_on_across_a_switch(site: Site) -> None:
         await until(served(site, 2))
         steps(2, 30)
         assert site.metric("engine_steps_total") == 40
+
+
+async def test_a_server_that_ends_ends_what_it_loads(site: Site) -> None:
+    site.put(1)
+    async with site.running():
+        await site.models.start()
+        site.put(2, "slow")
+        await until(lambda: 2 in site.hosts)
+    assert site.hosts[1][0].closed and site.hosts[2][0].closed
+
+
+async def test_an_engine_that_is_lost_while_it_drains_is_not_taken_back(site: Site) -> None:
+    site.put(1)
+    async with site.running() as http:
+        await site.models.start()
+        held = site.services.open_requests.begin()
+        site.put(2)
+        await until(served(site, 2))
+        first = site.hosts[1][0]
+        first.client.state = EngineState.DEAD
+        first.events.on_dead(EngineError("gone"))
+        site.remove(2)
+        await asyncio.sleep(0.05)
+        assert await says(http) == "I am version 2.", "until the other one is loaded again"
+        site.services.open_requests.end(held)
+        await until(served(site, 1))
+        assert len(site.hosts[1]) == 2 and first.closed

@@ -22,7 +22,7 @@ from headrace.api.generation import new_id
 from headrace.api.inner_request import Answer, post
 from headrace.api.services import Services
 from headrace.api.store import Part, Record, Store
-from headrace.errors import ModelNotFoundError
+from headrace.errors import ModelNotFoundError, UnavailableError
 
 MAX_NAMED_ERRORS = 50
 PASSING = (429, 503)
@@ -144,7 +144,7 @@ class BatchJob:
         is always free, and while anything waits nothing is added to it."""
         try:
             client = self._services.models.find(self._batch.value["model"]).client
-        except ModelNotFoundError:  # unloaded since: wait for it
+        except (ModelNotFoundError, UnavailableError):  # unloaded since: wait for it
             return 0
         info, stats = client.info, client.stats
         if info is None or stats.waiting:

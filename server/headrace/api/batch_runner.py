@@ -21,7 +21,7 @@ from headrace.api.batch_job import BatchJob
 from headrace.api.batches import BATCH, OPEN
 from headrace.api.services import Services
 from headrace.api.store import LeaseLostError, Record, Store
-from headrace.errors import ModelNotFoundError
+from headrace.errors import ModelNotFoundError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class BatchRunner:
     def _serves(self, batch: Record) -> bool:
         try:
             return self._services.models.find(batch.value["model"]).ready
-        except ModelNotFoundError:
+        except (ModelNotFoundError, UnavailableError):
             return False
 
     async def _hold(self, store: Store, batch_id: str) -> None:

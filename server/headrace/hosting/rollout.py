@@ -167,6 +167,9 @@ class Rollout:
                     found.append((version.number, "failed", version.reason))
         return sorted(found, reverse=True)
 
+    def is_draining(self, number: int) -> bool:
+        return any(version.number == number for version in self._in(Phase.DRAINING))
+
     def replaceable(self) -> list[int]:
         """Engines whose memory is free before long, or could be."""
         wanted = self._wanted()

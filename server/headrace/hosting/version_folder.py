@@ -6,6 +6,7 @@ which is atomic, and is never changed afterwards. Who copies it in place instead
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -32,7 +33,10 @@ class VersionFolder:
 
     def path_of(self, version: int) -> Path:
         """Where the files of a version are, or were."""
-        return _entries(self.path).get(version, self.path / str(version))
+        entries: dict[int, Path] = {}
+        with contextlib.suppress(OSError):
+            entries = _entries(self.path)
+        return entries.get(version, self.path / str(version))
 
     def look(self) -> Seen:
         """The versions that are there: their contents, None for one that still changes. Blocks.

@@ -113,9 +113,12 @@ class VersionedModels:
 
     async def _watch(self) -> None:
         while True:
-            if (seen := await self._look()) is not None:
-                self._rollout.look(seen)
-                self._act()
+            try:
+                if (seen := await self._look()) is not None:
+                    self._rollout.look(seen)
+                    self._act()
+            except Exception:
+                logger.exception("The versions cannot be looked through; trying again soon")
             await asyncio.sleep(self._folder.poll_interval)
 
     async def _look(self) -> Seen | None:
@@ -303,7 +306,9 @@ class VersionedModels:
         )
 
     def _died(self, number: int, host: ModelHost, error: HeadraceError) -> None:
-        """The engine of a version that served is lost for good."""
+        """An engine is lost for good; while it is loaded, its load tells."""
+        if self._rollout.is_draining(number):
+            self._rollout.closing(number)  # it cannot be taken back
         if number in self._rollout.serving() and self._hosts.get(number) is host:
             self._last_error = error
             self._rollout.failed(number, error.message)
