@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | CLIENT_SIDE,
     "deploy": VALUES | {"api", "serve", "listening"},
     "route": VALUES | {"listening", "http_connection"},
-    "monitoring": {"observability"},
+    "monitoring": {"observability", "route.metrics", "route.waking"},
     "bench": {"errors", "config"},
     "chat": {"errors", "config", "bench.http_client"},
     "cli_reports": {"errors", "config", "engine", "loading", "hosting", "headrace_kernels"},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import httpx
 import pytest
 import yaml
 from tests.e2e.conftest import LIGHT, PATIENCE, Server, free_port, launch
+
+ROOT = Path(__file__).parents[2]
 
 
 def _program(name: str) -> str:
@@ -45,6 +49,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     finally:
         server.process.terminate()
         server.process.wait(PATIENCE)
+
+
+@contextmanager
+def running_door(log: Path, replica: str) -> Iterator[str]:
+    """The URL of a door, ready when it comes. replica: NAME=URL."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-P", "-m", "headrace.cli", "route", "--replica", replica]
+    roots = os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")])
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", address.partition(":")[2]],
+            env={**os.environ, "PYTHONPATH": roots},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        _wait_until_ready(f"http://{address}/readyz", process, log)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
 
 
 @dataclass
@@ -87,19 +112,18 @@ def running_prometheus(
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + PATIENCE
-        while not _is_ready(address):
-            problem = (folder / "log").read_text()
-            assert process.poll() is None and time.monotonic() < deadline, problem
-            time.sleep(0.1)
+        _wait_until_ready(f"http://{address}/-/ready", process, folder / "log")
         yield Prometheus(f"http://{address}", window)
     finally:
         process.terminate()
         process.wait(PATIENCE)
 
 
-def _is_ready(address: str) -> bool:
-    try:
-        return httpx.get(f"http://{address}/-/ready", timeout=PATIENCE).status_code == 200
-    except httpx.TransportError:
-        return False
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        with suppress(httpx.TransportError):
+            if httpx.get(url, timeout=PATIENCE).status_code == 200:
+                return
+        time.sleep(0.1)

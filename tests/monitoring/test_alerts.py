@@ -30,6 +30,16 @@ def http(status: str, values: str, route: str = "/v1/chat/completions") -> dict[
     return {f"headrace_http_requests_total{{{labels}}}": values}
 
 
+def door(status: str, values: str) -> dict[str, str]:
+    labels = f'model_name="m", status="{status}", job="headrace-door"'
+    return {f"headrace_door_requests_total{{{labels}}}": values}
+
+
+def known(state: str, values: str) -> dict[str, str]:
+    labels = f'model_name="m", state="{state}", job="headrace-door"'
+    return {f"headrace_door_replicas{{{labels}}}": values}
+
+
 @dataclass(frozen=True)
 class Case:
     alert: str
@@ -129,6 +139,8 @@ CASES = {
     "one in a thousand is a 500": Case(
         "HeadraceErrors", "", {**http("200", "0+999x20"), **http("500", "0+1x20")}, 15
     ),
+    "the door has no replica": Case("HeadraceErrors", "page", door("503", "0+9x20"), 15),
+    "the door's clients err": Case("HeadraceErrors", "", door("404", "0+9x20"), 15),
     "clients err": Case(
         "HeadraceErrors", "", {**http("200", "0+90x20"), **http("429", "0+90x20")}, 15
     ),
@@ -143,6 +155,18 @@ CASES = {
     ),
     "an engine is gone": Case(
         "HeadraceReplicaDown", "page", {f"headrace_engine_ready{{{ON}}}": "1x5 0x20"}, 15
+    ),
+    "all replicas of a model are down": Case(
+        "HeadraceReplicaDown",
+        "page",
+        {**known("ready", "2x5 0x20"), **known("down", "0x5 2x20")},
+        15,
+    ),
+    "one of two is down": Case(
+        "HeadraceReplicaDown", "", {**known("ready", "1x20"), **known("down", "1x20")}, 15
+    ),
+    "a model sleeps": Case(
+        "HeadraceReplicaDown", "", {**known("ready", "0x20"), **known("down", "0x20")}, 15
     ),
     "a quick restart": Case(
         "HeadraceReplicaDown", "", {f"headrace_engine_ready{{{ON}}}": "1x5 0x3 1x20"}, 15

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from tests.route.scripted import Replica, ask, door_before, get
+
 from headrace.route.targets import http_sd
 
 
@@ -37,3 +39,15 @@ def test_a_base_url_may_have_a_scheme_and_a_path() -> None:
 
 def test_no_replicas_are_no_targets() -> None:
     assert json.loads(http_sd({})) == []
+
+
+async def test_the_door_names_every_replica_it_knows() -> None:
+    replica = Replica()
+    async with door_before(replica) as (door, port):
+        door.fleet.update("another source", {"sleepy": ["http://10.0.0.9:1"]})
+        got = await ask(port, get("/targets"))
+        assert got.status == 200 and got.headers["content-type"] == "application/json"
+        assert {tuple(it["targets"]): it["labels"].get("model") for it in got.json} == {
+            (replica.url.removeprefix("http://"),): "llama",
+            ("10.0.0.9:1",): None,
+        }

@@ -84,9 +84,9 @@ def _slo_alerts() -> list[dict[str, Any]]:
 
 
 def _alerts() -> list[dict[str, Any]]:
-    answers = series("http_requests_total", 'route=~"/v1/.*"')
-    failures = series("http_requests_total", 'route=~"/v1/.*"', 'status=~"5.."')
     age, ready = series("engine_step_age_seconds"), series("engine_ready")
+    known = series("door_replicas")
+    known_ready = series("door_replicas", 'state="ready"')
     return [
         _alert(
             "HeadraceQueue",
@@ -117,24 +117,37 @@ def _alerts() -> list[dict[str, Any]]:
         ),
         _alert(
             "HeadraceErrors",
-            f"sum by (job, application) (rate({failures}[5m]))\n"
-            f"  / sum by (job, application) (rate({answers}[5m])) > {ERROR_LIMIT}",
+            f"{_failed_share('http_requests_total', 'job, application', _V1)} > {ERROR_LIMIT}\nor\n"
+            f"{_failed_share('door_requests_total', 'job, model_name')} > {ERROR_LIMIT}",
             wait="5m",
             severity="page",
             summary="{{ $value | humanizePercentage }} of answers of {{ $labels.job }}"
-            " {{ $labels.application }} are 5xx",
+            " {{ $labels.application }}{{ $labels.model_name }} are 5xx",
             action="HTTP answers shows which status, the log says why under the request's id.",
         ),
         _alert(
             "HeadraceReplicaDown",
-            f'up{{job=~"{JOB}"}} == 0 or {ready} == 0',
+            f'up{{job=~"{JOB}"}} == 0 or {ready} == 0 or\n'
+            f"(sum by (job, model_name) ({known_ready}) == 0"
+            f" and sum by (job, model_name) ({known}) > 0)",
             wait="5m",
             severity="page",
-            summary="{{ $labels.instance }} of {{ $labels.job }} is out of reach or has no engine",
+            summary="{{ $labels.instance }} {{ $labels.model_name }} of {{ $labels.job }} is out of"
+            " reach or has no engine",
             action="See whether the process lives and what its log ends with; raise `for` if your"
             " model takes longer to load.",
         ),
     ]
+
+
+_V1 = 'route=~"/v1/.*"'
+
+
+def _failed_share(name: str, by: str, *matchers: str) -> str:
+    """Of answers: those with a 5xx."""
+    failed = series(name, *matchers, 'status=~"5.."')
+    answered = series(name, *matchers)
+    return f"sum by ({by}) (rate({failed}[5m])) / sum by ({by}) (rate({answered}[5m]))"
 
 
 def _alert(

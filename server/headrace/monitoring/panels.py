@@ -18,9 +18,13 @@ CHOSEN = Selection(
 )
 
 NEEDS = {
+    "door": "a door (`headrace route`)",
     "gpu": "a GPU that NVML can see (pynvml installed)",
     "trouble": "something that has gone wrong; empty is good",
+    "refusals": "a replica that refuses what the door sends; empty is good",
     "ray": "Ray's own metrics in the same Prometheus",
+    "versions": "a folder of versions (NAME/1, NAME/2) that is watched",
+    "waking": "a door with models that are scaled to zero (`wake`)",
 }
 """Why a panel may have no data, by the word that panels use."""
 
@@ -199,6 +203,16 @@ ENGINE = Row(
             ),
             description="Replicas by model, revision and digest.",
         ),
+        _panel(
+            *("Version of the folder that is served", "short"),
+            (CHOSEN.gauge("model_version", by="instance", combine="max"), "{{instance}}"),
+            needs="versions",
+        ),
+        _panel(
+            *("Versions loaded", "short"),
+            (CHOSEN.increase("model_loads_total", by="model_name, outcome"), "{{outcome}}"),
+            needs="versions",
+        ),
     ),
 )
 
@@ -277,6 +291,68 @@ RESOURCES = Row(
     ),
 )
 
+DOOR = Row(
+    "Door",
+    (
+        _panel(
+            *("Answers of the door", "reqps"),
+            (
+                CHOSEN.rate("door_requests_total", by="model_name, status"),
+                "{{model_name}} {{status}}",
+            ),
+            needs="door",
+        ),
+        Panel(
+            "Time to first byte at the door",
+            "s",
+            tuple(
+                Query(CHOSEN.quantile(q / 100, "door_time_to_first_byte_seconds"), f"p{q}")
+                for q in (50, 90, 99)
+            ),
+            "Of streams and of whole answers.",
+            "door",
+        ),
+        _panel(
+            *("Replicas that the door knows", "short"),
+            (
+                CHOSEN.gauge("door_replicas", by="model_name, state", combine="max"),
+                "{{model_name}} {{state}}",
+            ),
+            needs="door",
+        ),
+        _panel(
+            *("Replicas that died of a request", "short"),
+            (CHOSEN.increase("door_replays_total", by="outcome"), "{{outcome}}"),
+            description="It was sent again, its stream was resumed, or was lost.",
+            needs="door",
+        ),
+        _panel(
+            *("Retries at another replica", "reqps"),
+            (CHOSEN.rate("door_retries_total", by="reason"), "{{reason}}"),
+            needs="refusals",
+        ),
+        _panel(
+            *("In flight at the door", "short"),
+            (CHOSEN.gauge("door_requests_in_flight"), "in flight"),
+            (CHOSEN.rate("door_client_aborts_total"), "clients that left, per second"),
+            needs="door",
+        ),
+        _panel(
+            *("Waiting for a replica to start", "short"),
+            (CHOSEN.gauge("door_queued_requests", by="model_name"), "{{model_name}}"),
+            needs="waking",
+        ),
+        _panel(
+            *("What became of those that waited", "short"),
+            (
+                CHOSEN.increase("door_unqueued_requests_total", by="model_name, outcome"),
+                "{{model_name}} {{outcome}}",
+            ),
+            needs="waking",
+        ),
+    ),
+)
+
 # Ray's own names, as its node agents export them.
 RAY = Row(
     "Ray Serve",
@@ -316,4 +392,4 @@ RAY = Row(
     ),
 )
 
-ROWS = (REQUESTS, LATENCY, ENGINE, RESOURCES, RAY)
+ROWS = (REQUESTS, LATENCY, ENGINE, DOOR, RESOURCES, RAY)

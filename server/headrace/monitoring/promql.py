@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from headrace.observability.families import BY_NAME, Family
+from headrace.observability.families import FAMILIES, Family
+from headrace.route import metrics, waking
+
+BY_NAME = {it.name: it for table in (FAMILIES, metrics.FAMILIES, waking.FAMILIES) for it in table}
+"""What replicas and the door expose."""
 
 TARGET_LABELS = frozenset(("job", "instance", "application", "replica", "model"))
 """Labels that a scrape adds: Prometheus the first two, the list of targets the others."""
@@ -50,6 +54,7 @@ class Selection:
     """Queries over the series that some matchers select, over one window.
 
     Matchers whose label a family lacks are left out for that family: HTTP is not counted by model.
+    So are those that name a replica for families of the door, which is none.
     """
 
     def __init__(self, matchers: tuple[str, ...], window: str) -> None:
@@ -57,7 +62,8 @@ class Selection:
         self._window = window
 
     def select(self, name: str, *matchers: str, suffix: str = "") -> str:
-        labels = {*family(name).labels, *TARGET_LABELS}
+        scraped = () if name.startswith("door_") else TARGET_LABELS
+        labels = {*family(name).labels, *scraped}
         general = (m for m in self._matchers if m.partition("=")[0].rstrip("!~") in labels)
         return series(name, *general, *matchers, suffix=suffix)
 
