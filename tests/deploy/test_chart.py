@@ -15,7 +15,7 @@ from tests.deploy import manifests
 from tests.deploy.manifests import CHART, ROOT, custom_resource_errors, documents, pods
 
 from headrace.cli import _parse
-from headrace.config import load_options
+from headrace.config import load_options, ray_auth_token
 from headrace.route.asked import OPEN_PATHS
 from headrace.route.config import parse_config
 
@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "cluster": ("--values", str(CLUSTER)),
     "without": ("--set", "networkPolicy.enabled=false,modelDefaults.spread=false"),
+    "ray": ("--values", str(CHART / "ci" / "ray-door-values.yaml")),
     "small door": ("--set", "door.enabled=true,door.replicas=1,podMonitor.enabled=true"),
 }
 
@@ -112,6 +113,12 @@ def test_the_plain_manifest_is_the_chart_with_its_defaults() -> None:
 def test_a_typo_ends_the_installation(setting: str, said: str) -> None:
     done = manifests.run_helm("template", "x", str(CHART), "--set", setting)
     assert done.returncode != 0 and said in done.stderr
+
+
+@needs_helm
+def test_nothing_to_serve_is_refused() -> None:
+    done = manifests.run_helm("template", "x", str(CHART), "--set-json", "models=[]")
+    assert done.returncode != 0 and "models: name at least one" in done.stderr
 
 
 @needs_helm
@@ -245,3 +252,24 @@ def test_the_alerts_know_the_scraped_job() -> None:
     alerts = (ROOT / "deploy" / "prometheus" / "headrace-alerts.yaml").read_text()
     (pattern,) = set(re.findall(r'job=~"([^"]+)"', alerts))
     assert jobs and all(re.fullmatch(pattern, job) for job in jobs)
+
+
+@needs_helm
+def test_a_door_may_stand_before_ray_alone() -> None:
+    found = documents(manifests.rendered(*VARIANTS["ray"]))
+    assert [d["metadata"]["name"] for d in found if d["kind"] == "Deployment"] == ["headrace-door"]
+    text = one(found, "ConfigMap", "headrace-door")["data"]["door.yaml"]
+    config = parse_config(yaml.safe_load(text), origin="door.yaml")
+    (application,) = (it.application for it in config.models.values())
+    assert (
+        application == yaml.safe_load(manifests.SERVE_CONFIG.read_text())["applications"][0]["name"]
+    )
+    assert config.ray is not None and config.ray.address == "ray://headrace-head-svc:10001"
+    (pod,) = pods(found)
+    environment = {e["name"]: e["valueFrom"] for e in pod["containers"][0]["env"]}
+    assert environment == {
+        "RAY_AUTH_TOKEN": {"secretKeyRef": {"name": "ray-token", "key": "auth_token"}}
+    }
+    assert ray_auth_token({"RAY_AUTH_TOKEN": "x"}) == "x"
+    egress = one(found, "NetworkPolicy", "headrace-door")["spec"]["egress"]
+    assert any("ray.io/cluster" in str(rule) for rule in egress)

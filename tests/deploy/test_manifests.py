@@ -133,7 +133,6 @@ def test_values_and_schema_have_the_same_keys() -> None:
         ({"models": [{"name": "Upper"}]}, "does not match"),
         ({"models": [{"name": "door"}]}, "should not be valid"),
         ({"models": [{"replicas": 1}]}, "'name' is a required property"),
-        ({"models": []}, "non-empty"),
         ({"modelDefaults": {"memory": "4gigs"}}, "does not match"),
         ({"door": {"enabled": "yes"}}, "not of type 'boolean'"),
     ],
