@@ -103,6 +103,7 @@ def test_the_plain_manifest_is_the_chart_with_its_defaults() -> None:
         ("modle=x", "modle"),
         ("modelDefaults.options.shutdown_timout=3", "shutdown_timout"),
         ("models[0].name=a,models[0].replicsa=2", "replicsa"),
+        ("models[0].name=a,models[1].name=a", "two called a"),
         (
             "modelDefaults.autoscaling.minReplicas=0,modelDefaults.autoscaling.kind=keda",
             "must wait",
@@ -113,6 +114,12 @@ def test_the_plain_manifest_is_the_chart_with_its_defaults() -> None:
 def test_a_typo_ends_the_installation(setting: str, said: str) -> None:
     done = manifests.run_helm("template", "x", str(CHART), "--set", setting)
     assert done.returncode != 0 and said in done.stderr
+
+
+@needs_helm
+def test_names_that_would_be_cut_are_refused() -> None:
+    done = manifests.run_helm("template", "x" * 45, str(CHART))
+    assert done.returncode != 0 and "longer than 52 characters" in done.stderr
 
 
 @needs_helm

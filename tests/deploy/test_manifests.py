@@ -316,3 +316,19 @@ def test_metric_names_exist() -> None:
         assert name in known
         # The namespace is the scraper's label.
         assert set(re.findall(r"(\w+)=", labels)) <= known[name] | {"namespace"}
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+
+def test_what_the_page_shows_works() -> None:
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    assert values_errors(yaml.safe_load(example)) == []
+    links = re.findall(r"\]\(([^)#]+)\)", page)
+    named = re.findall(r"(?:install headrace|kubectl apply -f) (deploy/\S+)", page)
+    assert len(links) > 8 and len(named) >= 4
+    for path in (*links, *(f"../{name}" for name in named)):
+        assert (ROOT / "docs" / path).exists(), path
+    arguments = set(re.findall(r"^ARG (\w+)", (ROOT / "Containerfile").read_text(), re.M))
+    assert set(re.findall(r"--build-arg (\w+)=", page)) <= arguments

@@ -1,7 +1,11 @@
 {{/* What the pods of models and doors have in common. */}}
 
 {{- define "headrace.name" -}}
-{{- printf "%s-%s" .root.Release.Name .part | trunc 52 | trimSuffix "-" -}}
+{{- $name := printf "%s-%s" .root.Release.Name .part -}}
+{{- if gt (len $name) 52 -}}
+{{- fail (printf "%s: longer than 52 characters; choose a shorter name of the release or the model" $name) -}}
+{{- end -}}
+{{- $name -}}
 {{- end }}
 
 {{- define "headrace.selector" -}}
