@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,17 @@ def pods(node: Any) -> Iterator[dict[str, Any]]:
 
 def custom_resource_errors(document: Mapping[str, Any]) -> list[str] | None:
     """What is wrong with a custom resource; None for what Kubernetes itself defines."""
-    schemas = yaml.safe_load(CRD_SCHEMAS.read_text())
-    schema = schemas.get(f"{document['apiVersion']}/{document['kind']}")
+    schema = _crd_schemas().get(f"{document['apiVersion']}/{document['kind']}")
     if schema is None:
         return None
     validator = jsonschema.Draft7Validator(_closed(schema))
     return [f"{e.json_path}: {e.message}" for e in validator.iter_errors(document["spec"])]
+
+
+@cache
+def _crd_schemas() -> dict[str, Any]:
+    schemas: dict[str, Any] = yaml.safe_load(CRD_SCHEMAS.read_text())
+    return schemas
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:

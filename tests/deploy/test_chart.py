@@ -242,9 +242,24 @@ def test_a_model_that_sleeps_is_woken_by_what_waits_at_the_door() -> None:
     assert wake is not None and wake.deadline_s == 900, "what loading may take"
     scaled = one(found, "ScaledObject", "headrace-seldom")["spec"]
     assert scaled["minReplicaCount"] == 0
-    queries = [trigger["metadata"]["query"] for trigger in scaled["triggers"]]
-    assert any("headrace_door_queued_requests" in query for query in queries)
-    assert all('model_name="seldom"' in query for query in queries)
+    page = (ROOT / "docs" / "autoscaling.md").read_text()
+    (example,) = re.findall(r"```yaml\n(apiVersion: keda.*?)```", page, re.S)
+    shown = yaml.safe_load(example)["spec"]["triggers"]
+    assert [questions(trigger) for trigger in scaled["triggers"]] == [questions(t) for t in shown]
+    fast = one(found, "ScaledObject", "headrace-qwen")["spec"]["triggers"]
+    thresholds = {trigger["name"]: float(trigger["metadata"]["threshold"]) for trigger in fast}
+    assert thresholds == {
+        "prefill": 0.7,
+        "wait": 0.5,
+        "tpot": pytest.approx(0.04),
+        "kv-cache": 0.8,
+    }
+
+
+def questions(trigger: dict[str, Any]) -> tuple[str, str, float]:
+    """Name, query without the names in it, and threshold of a trigger."""
+    query = re.sub(r'(namespace|model_name)="[^"]*",?', "", trigger["metadata"]["query"])
+    return trigger["name"], re.sub(r"\s", "", query), float(trigger["metadata"]["threshold"])
 
 
 @needs_helm

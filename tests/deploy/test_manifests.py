@@ -303,13 +303,14 @@ def test_names_that_kserve_looks_for() -> None:
 
 
 def test_metric_names_exist() -> None:
+    # The queries of the templates have %s for their labels; test_chart.py looks at them rendered.
     texts = [path.read_text() for path in (manifests.CHART / "templates").glob("*.yaml")]
     texts += [(FOLDER / name).read_text() for name in FILES]
     known = {family.full_name: set(family.labels) for family in (*FAMILIES, *waking.FAMILIES)}
     used = [
         found
         for text in texts
-        for found in re.findall(r"\b(headrace_[a-z_]+)(?:\{([^}]*(?:\}\}[^}]*)*)\})?", text)
+        for found in re.findall(r"\b(headrace_[a-z_]+)(?:\{([^}]*)\})?", text)
     ]
     assert len(used) >= 6
     for name, labels in used:
