@@ -27,14 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from headrace.deploy.registry import NAME as REGISTRY
-from headrace.deploy.registry import NAMESPACE
+from headrace.deploy.registry import open_registry
 from headrace.deploy.sizing import Decision, Fleet, Memory, ReplicaStats, Targets, decide
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")  # the one that has a file in the controller
 
 POLICY = "headrace.deploy.autoscaling:SloPolicy"
 PERIOD_S = 1.0
@@ -97,13 +96,15 @@ def _follow(demand: weakref.ref[Demand], read: Callable[[], Mapping[str, int]]) 
 
 
 def read_registry() -> dict[str, int]:
-    """Application -> requests that wait at all doors. Raises what Ray raises."""
+    """Application -> requests that wait at all doors. Raises what Ray raises.
+
+    Starts the registry if there is none: where no replica runs, nobody else has.
+    """
     import ray
 
-    if not ray.is_initialized():  # asking would start one
+    if not ray.is_initialized():  # asking would start a cluster
         return {}
-    registry = ray.get_actor(REGISTRY, namespace=NAMESPACE)
-    told: Any = ray.get(registry.demand.remote(), timeout=READ_TIMEOUT_S)
+    told: Any = ray.get(open_registry().demand.remote(), timeout=READ_TIMEOUT_S)
     return dict(told)
 
 
