@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,7 @@ def context(raw: dict[str, dict[str, list[Any]]], target: int, **changes: Any) -
         "raw_metrics": raw,
         "policy_state": {},
         "current_time": NOW,
+        "config": SimpleNamespace(upscale_delay_s=0, downscale_delay_s=0),
     }
     return SimpleNamespace(**members | changes)
 
@@ -180,9 +182,36 @@ def test_a_typo_in_policy_kwargs_is_refused_by_name() -> None:
     assert problems(wrong) == [], "Ray's own policy"
 
 
-def test_rays_own_delays_are_told() -> None:
-    slow = {name: value for name, value in CONFIG.items() if not name.endswith("delay_s")}
-    assert [one.split(":")[0] for one in problems(slow)] == ["upscale_delay_s", "downscale_delay_s"]
+def test_rays_own_delays_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("ray.serve").addHandler(caplog.handler)  # Serve's does not propagate
+    try:
+        slow = context({}, 1, config=SimpleNamespace(upscale_delay_s=30.0, downscale_delay_s=0))
+        policy = SloPolicy()
+        _, state = policy(slow)
+        policy(context({}, 1, policy_state=state, config=slow.config))
+    finally:
+        logging.getLogger("ray.serve").removeHandler(caplog.handler)
+    told = [record.getMessage() for record in caplog.records if "delay" in record.getMessage()]
+    assert set(told) == {
+        "app: autoscaling_config.upscale_delay_s: 30 adds to the policy's own delays; set it to 0."
+    }
+
+
+def test_a_serve_file_with_a_typo_in_the_policy_is_refused_before_it_is_sent() -> None:
+    from headrace.deploy.serve_file import check
+
+    policy = {"policy_function": POLICY, "policy_kwargs": {"tttf_s": 1.0}}
+    deployment = {"name": "headrace", "autoscaling_config": {**CONFIG, "policy": policy}}
+    application = {
+        "name": "chat",
+        "import_path": "headrace.deploy.ray_serve:build_app",
+        "deployments": [deployment],
+    }
+    found, _ = check({"applications": [application]})
+    assert found == [
+        "applications[0].deployments[0].autoscaling_config.policy.policy_kwargs.tttf_s: "
+        "unknown; did you mean ttft_s?"
+    ]
 
 
 def test_ray_takes_it_by_name_and_calls_it() -> None:

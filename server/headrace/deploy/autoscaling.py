@@ -126,24 +126,19 @@ def problems(autoscaling_config: Mapping[str, Any]) -> list[str]:
     """What is wrong with an `autoscaling_config` that names SloPolicy, to tell before it is sent:
     Ray finds out in its controller. Each entry names the key and the remedy. Another policy's is
     Ray's own concern."""
-    policy = autoscaling_config.get("policy") or {}
-    if policy.get("policy_function") != POLICY:
+    policy = autoscaling_config.get("policy")
+    if not isinstance(policy, Mapping) or policy.get("policy_function") != POLICY:
         return []
     found = []
     try:
-        Targets(**policy.get("policy_kwargs") or {})
+        Targets.model_validate(policy.get("policy_kwargs") or {})
     except ValidationError as error:
         for one in error.errors():
             name = ".".join(str(part) for part in one["loc"])
             near = difflib.get_close_matches(name, Targets.model_fields, n=1)
             unknown = one["type"] == "extra_forbidden"
             what = f"unknown; did you mean {near[0]}?" if unknown and near else one["msg"]
-            found.append(f"policy.policy_kwargs.{name}: {what}")
-    for name in ("upscale_delay_s", "downscale_delay_s"):
-        if autoscaling_config.get(name) != 0:
-            found.append(
-                f"{name}: set it to 0; the policy has delays of its own, and Ray adds its."
-            )
+            found.append(f"policy.policy_kwargs.{name}".removesuffix(".") + f": {what}")
     return found
 
 
@@ -165,6 +160,8 @@ class SloPolicy:
         """
         now = ctx.current_time or time.time()
         state = dict(ctx.policy_state)
+        if STATE not in state:
+            self._warn_of_delays(ctx)
         memory, decided, replicas = state.get(STATE, (Memory(), -math.inf, 0))
         if 0 <= now - decided < PERIOD_S:
             return replicas, state
@@ -186,6 +183,16 @@ class SloPolicy:
         if ctx.capacity_adjusted_min_replicas or not ctx.app_name:
             return held  # it never sleeps
         return max(held, self._demand.of(ctx.app_name))
+
+    def _warn_of_delays(self, ctx: AutoscalingContext) -> None:
+        for name in ("upscale_delay_s", "downscale_delay_s"):
+            if delay := getattr(ctx.config, name):
+                logger.warning(
+                    "%s: autoscaling_config.%s: %g adds to the policy's own delays; set it to 0.",
+                    ctx.app_name or ctx.deployment_name,
+                    name,
+                    delay,
+                )
 
     def _tell(self, ctx: AutoscalingContext, decision: Decision) -> None:
         target = ctx.target_num_replicas

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from headrace.config import load_options, nearest_hint
+from headrace.deploy import autoscaling
 from headrace.deploy.build_args import problems_in, resources_of
 from headrace.errors import ConfigError
 
@@ -134,6 +135,9 @@ def _wrong_deployments(application: Mapping[str, Any], where: str) -> Iterable[s
                 f"{where}.deployments[{index}].name: the application has one deployment, "
                 f"{DEPLOYMENT!r}; there is no {name!r}."
             )
+        scaling = one.get("autoscaling_config") if isinstance(one, dict) else None
+        for problem in autoscaling.problems(scaling) if isinstance(scaling, dict) else ():
+            yield f"{where}.deployments[{index}].autoscaling_config.{problem}"
 
 
 def _demand(application: Mapping[str, Any], where: str) -> Demand:
