@@ -23,6 +23,7 @@ from tests.e2e.conftest import TINY_LIGHT, RunCommand, Server, StartServer
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(400),  # up to six engines start, one after the other
     pytest.mark.skipif(
         os.environ.get(API_PROCESSES, "1") != "1", reason="versions have one API process"
     ),
@@ -217,7 +218,6 @@ def test_a_killed_engine_of_a_new_version_is_replaced(
     server.stop()
 
 
-@pytest.mark.timeout(400)  # six engines start
 def test_a_version_whose_engine_is_lost_gives_its_place_to_the_one_before(
     start_server: StartServer, versions: Folder
 ) -> None:
