@@ -319,7 +319,16 @@ async def test_a_response_is_found_where_it_is_kept() -> None:
 
         return handler
 
-    async with door_before(*(Replica(keeps(f"resp_{name}")) for name in "abc")) as (_, port):
+    of_other_model = Replica(keeps("resp_q"), names=("qwen",))
+    replicas = [Replica(keeps(f"resp_{name}")) for name in "abc"]
+    for replica in (of_other_model, *replicas):
+        await replica.start()
+    models = {
+        "llama": {"replicas": [it.url for it in replicas]},
+        "qwen": {"replicas": [of_other_model.url]},
+    }
+    async with door_before(models=models) as (_, port):
+        assert (await ask(port, get("/v1/responses/resp_q"))).json["id"] == "resp_q"
         for name in "abc":
             for _ in range(2):
                 got = await ask(port, get(f"/v1/responses/resp_{name}"))
@@ -328,6 +337,8 @@ async def test_a_response_is_found_where_it_is_kept() -> None:
             got = await ask(port, post(follows, "/v1/responses"))
             assert got.status == 200 and got.json["id"] == f"resp_{name}"
         assert (await ask(port, get("/v1/responses/resp_d"))).status == 404
+    for replica in (of_other_model, *replicas):
+        replica.kill()
 
 
 async def test_draining_finishes_streams() -> None:

@@ -5,55 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
-from tests.e2e.conftest import LIGHT, PATIENCE, Server, _environment, free_port, launch
+from tests.e2e.conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 STREAMS = 8
 TOKENS = 48
-
-
-@pytest.fixture
-def replicas(tmp_path: Path) -> Iterator[list[Server]]:
-    servers = []
-    for name in ("a", "b"):
-        folder = tmp_path / name
-        folder.mkdir()
-        servers.append(launch(folder / "server.log", LIGHT))
-    try:
-        for server in servers:
-            server.wait_ready()
-        yield servers
-    finally:
-        for server in servers:
-            server.process.kill()
-            server.process.wait()
-
-
-@pytest.fixture
-def door(replicas: list[Server], tmp_path: Path) -> Iterator[Server]:
-    port, log = free_port(), tmp_path / "door.log"
-    names = [f"--replica=water={replica.url}" for replica in replicas]
-    command = [sys.executable, "-P", "-m", "headrace.cli", "route", *names, "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=_environment(), stdout=output, stderr=output)
-    server = Server(process, ("127.0.0.1", port), log)
-    try:
-        server.wait_ready()
-        yield server
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0, log.read_text()
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
+MODEL = "SmolLM2-135M-Instruct"
 
 
 async def text_of(
@@ -61,7 +22,7 @@ async def text_of(
 ) -> tuple[str, str, int]:
     """(text, finish reason, tokens) of one stream."""
     stream = await client.chat.completions.create(
-        model="water",
+        model=MODEL,
         messages=[{"role": "user", "content": f"Tell me {number + 3} things about a water mill."}],
         max_tokens=TOKENS,
         seed=number,

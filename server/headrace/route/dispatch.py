@@ -137,7 +137,8 @@ class Dispatch:
             if known is not None and known.usable and known not in self._tried:
                 return known
         if asked.kind in (Kind.KEPT, Kind.BY_ID):
-            return fleet.keeper(self._application, self._tried)
+            everywhere = asked.kind is Kind.BY_ID  # whichever model made it
+            return fleet.keeper(self._application, self._tried, everywhere=everywhere)
         return fleet.pick(self._application, self._request, self._tried)
 
     async def _none_left(self) -> None:

@@ -156,7 +156,7 @@ class Door:
         try:
             self._authorize(asked)
             if asked.kind is Kind.OWN or asked.kind is Kind.NONE:
-                answer.send(self._own_answer(asked))
+                answer.send_own(self._own_answer(asked))
             else:
                 model = self._model_of(asked)
                 applications = self.policy.applications(model, asked)

@@ -233,9 +233,14 @@ class Fleet:
             return candidates[choose([it.view for it in candidates], request)]
         return None
 
-    def keeper(self, application: str, excluded: Collection[Replica] = ()) -> Replica | None:
-        """The one that gets what only one replica keeps: files, batches. The same for all doors."""
+    def keeper(
+        self, application: str, excluded: Collection[Replica] = (), *, everywhere: bool = False
+    ) -> Replica | None:
+        """The one that gets what only one replica keeps: files, batches. The same for all doors.
+        `everywhere`: of other applications, too, when those of this one are excluded."""
         candidates = [it for it in self.usable(application) if it not in excluded]
+        if everywhere and not candidates:
+            candidates = [it for it in self.replicas() if it.usable and it not in excluded]
         key = key_of(application.encode())
         return max(candidates, key=lambda it: rank(key, it.view.key), default=None)
 

@@ -244,11 +244,18 @@ class Answer:
             self._client.write(answer.body)
         self._client.end(keep_alive=self._asked.keep_alive)
 
+    def send_own(self, answer: OwnAnswer) -> None:
+        """One that the door made: with the request's id, as those of replicas have."""
+        name = b"request-id" if self._asked.path.startswith("/v1/messages") else b"x-request-id"
+        given = self._asked.request_id.encode("latin-1", "replace")
+        answer.headers = (*answer.headers, (name, given))
+        self.send(answer)
+
     def fail(self, error: HeadraceError) -> None:
         """Tell of a failure in the way that is left."""
         path = self._asked.path
         if not self.status:
-            self.send(error_answer(error, path))
+            self.send_own(error_answer(error, path))
         elif self.journal is not None:
             self._forward(error_event(error, path))
             self.outcome = asyncio.get_running_loop().create_future()
