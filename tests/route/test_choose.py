@@ -108,7 +108,7 @@ def test_affinity_gives_way_to_balance() -> None:
     asked = request(tokens=100_000, r1=99_000)
     replicas[1].in_flight = 5
     assert choose(replicas, asked) == 1
-    replicas[1].in_flight = 7
+    replicas[1].in_flight = 15
     assert choose(replicas, asked) != 1
 
 
