@@ -147,6 +147,7 @@ class Replica:
         self._heard({"version": 1, "ready": status == 200})
 
     def _heard(self, report: dict[str, Any]) -> None:
+        self.view.fade(time.monotonic() - self.last_answer)
         self.view.load = load = ReplicaLoad.of_report(report, self.view)
         usual = "ready" if load.ready else "not ready"
         self.state = "draining" if load.draining else usual
