@@ -27,7 +27,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 DEFAULT_TIMEOUT = 900.0
 """Seconds for a rollout; loading weights takes most of them."""
 JOB_TIMEOUT = 120.0
-AGENT_TIMEOUT = 30.0
+AGENT_TIMEOUT = 90.0
 POLL_SECONDS = 0.5
 
 Tell = Callable[[str], None]
