@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import selectors
 import socket
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Cost:
     cpu: float
     """Of all threads of the server's process, user and system."""
     wall: float
+    ttft: float = 0.0
+    """Median over the streams: from the request to its first event."""
 
 
 class _Connection:
@@ -63,9 +66,12 @@ class _Connection:
         self._events = 0
         self._size: int | None = None
         self._ask: Ask | None = None
+        self._sent = 0.0
+        self.ttfts: list[float] = []
 
     def send(self, ask: Ask) -> None:
         self._begin, self._end, self._events, self._size, self._ask = b"", b"", 0, None, ask
+        self._sent = time.perf_counter()
         self.socket.sendall(ask.data)
 
     def feed(self, data: bytes) -> Ask | None:
@@ -80,6 +86,9 @@ class _Connection:
             return ask if self._has_all(data) else None
         # An event may be cut anywhere: what could be the beginning of its mark is counted later.
         seen = self._end + data
+        if self._sent and EVENT in seen:
+            self.ttfts.append(time.perf_counter() - self._sent)
+            self._sent = 0.0
         self._events += seen.count(EVENT) - self._end.count(EVENT)
         self._end = seen[-len(END_OF_EVENTS) :]
         if not seen.endswith(END_OF_CHUNKS):
@@ -146,4 +155,6 @@ def run(url: str, pid: int, asks: Sequence[Ask], connections: int, pause: float 
         finally:
             for connection in open_ones:
                 connection.socket.close()
-    return Cost(len(asks), sum(ask.tokens for ask in asks), spent, wall)
+    ttfts = [seconds for connection in open_ones for seconds in connection.ttfts]
+    ttft = statistics.median(ttfts) if ttfts else 0.0
+    return Cost(len(asks), sum(ask.tokens for ask in asks), spent, wall, ttft)
