@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -161,13 +163,36 @@ def cluster_of_nodes(folder: Path) -> Iterator[Nodes]:
                 process.kill()
 
 
+@contextmanager
+def door_to(nodes: Nodes) -> Iterator[str]:
+    """The URL of a `headrace route` that learns the replicas from the registry."""
+    file, log = nodes.folder / "door.yaml", nodes.folder / "door.log"
+    config = {"models": {MODEL: {"application": "chat"}}, "ray": {"address": nodes.address}}
+    file.write_text(yaml.safe_dump({**config, "port": 0}))
+    command = [sys.executable, "-P", "-m", "headrace.cli", "route", str(file)]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stderr=stream, stdout=stream)
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"URL\s+(http://\S+)/v1", log.read_text())):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        while httpx.get(f"{found[1]}/readyz").status_code != 200:
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 @dataclass
 class Load:
     """Streams, a few at a time, until it is ended. `outcomes` counts what became of each:
     "complete"; "error", which the client sees; "silent", which it would take for complete."""
 
     url: str
-    workers: int = 4
+    workers: int = 3
     max_tokens: int = 24
     outcomes: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from tests.deploy.cluster_of_nodes import Load, Nodes, cluster_of_nodes
+from tests.deploy.cluster_of_nodes import Load, Nodes, cluster_of_nodes, door_to
 
 from headrace.route.ray_source import RegistrySource
 
@@ -29,6 +29,12 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     with cluster_of_nodes(tmp_path_factory.mktemp("nodes")) as nodes:
         assert nodes.deploy() == 0
         yield nodes
+
+
+@pytest.fixture(scope="module")
+def door(nodes: Nodes) -> Iterator[str]:
+    with door_to(nodes) as url:
+        yield url
 
 
 def addresses(
@@ -115,38 +121,46 @@ def test_a_bad_version_is_a_named_error_and_the_old_one_serves(
     assert {replica["pid"] for replica in nodes.replicas()} == before
 
 
-def test_a_rollout_loses_nothing(nodes: Nodes) -> None:
+def test_a_rollout_loses_nothing(nodes: Nodes, door: str) -> None:
     before = {replica["pid"] for replica in nodes.replicas()}
-    with Load(nodes.url) as load:
-        load.until(4)
+    with Load(nodes.url) as straight, Load(door) as through:
+        through.until(4)
         assert nodes.deploy(options={"max_model_len": 1000}) == 0
-        load.until(8)
-    assert_nothing_lost(load, 12)
+        through.until(4)
+        straight.until(4)
+    assert_nothing_lost(straight, 4)
+    assert_nothing_lost(through, 8)
     assert not before & {replica["pid"] for replica in nodes.replicas()}
 
 
-def test_scaling_loses_nothing(nodes: Nodes, wait_until: WaitUntil) -> None:
+def test_scaling_loses_nothing(nodes: Nodes, door: str, wait_until: WaitUntil) -> None:
     options = {"max_model_len": 1000}
-    with Load(nodes.url, max_tokens=100) as load:
-        load.until(4)
+    with Load(nodes.url, max_tokens=100) as straight, Load(door, max_tokens=100) as through:
+        through.until(4)
         for replicas in (1, 3, 2):
             assert nodes.deploy(replicas, options=options) == 0
             wait_until(partial(nodes.has, replicas), f"{replicas} replicas")
-            load.until(4)
-    assert_nothing_lost(load, 16)
+            straight.until(4)
+            through.until(4)
+    assert_nothing_lost(straight, 12)
+    assert_nothing_lost(through, 16)
 
 
-def test_a_killed_replica_loses_what_it_had(nodes: Nodes, wait_until: WaitUntil) -> None:
+def test_a_killed_replica_loses_what_haproxy_had_there_and_through_the_door_nothing(
+    nodes: Nodes, door: str, wait_until: WaitUntil
+) -> None:
     before = {replica["pid"] for replica in nodes.replicas()}
-    with Load(nodes.url, max_tokens=100) as load:
-        load.until(4)
+    with Load(nodes.url, max_tokens=100) as straight, Load(door, max_tokens=100) as through:
+        through.until(4)
         psutil.Process(min(before)).kill()
         wait_until(
             lambda: len({r["pid"] for r in nodes.replicas()} - {min(before)}) == 2,
             "another replica runs",
         )
-        load.until(8)
-    assert_only_in_flight(load)
+        straight.until(4)
+        through.until(4)
+    assert_only_in_flight(straight)
+    assert_nothing_lost(through, 8)
 
 
 def test_a_killed_registry_is_there_again(nodes: Nodes) -> None:
@@ -155,12 +169,14 @@ def test_a_killed_registry_is_there_again(nodes: Nodes) -> None:
     assert addresses(nodes, two) == known
 
 
-def test_a_killed_node_loses_what_it_had(nodes: Nodes, wait_until: WaitUntil) -> None:
+def test_a_killed_node_loses_what_haproxy_had_there_and_through_the_door_nothing(
+    nodes: Nodes, door: str, wait_until: WaitUntil
+) -> None:
     node_id = nodes.replicas()[0]["node_id"]
     (victim,) = [node for node in nodes.workers if node.node_id == node_id]
     nodes.workers.remove(victim)
-    with Load(nodes.url, max_tokens=100) as load:
-        load.until(4)
+    with Load(nodes.url, max_tokens=100) as straight, Load(door, max_tokens=100) as through:
+        through.until(4)
         nodes.cluster.remove_node(victim, allow_graceful=False)
 
         def recovered() -> bool:
@@ -168,8 +184,10 @@ def test_a_killed_node_loses_what_it_had(nodes: Nodes, wait_until: WaitUntil) ->
             return len(replicas) == 2 and all(r["node_id"] != victim.node_id for r in replicas)
 
         wait_until(recovered, "the other node has both replicas")
-        load.until(8)
-    assert_only_in_flight(load)
+        straight.until(4)
+        through.until(4)
+    assert_only_in_flight(straight)
+    assert_nothing_lost(through, 8)
     assert two(addresses(nodes, two))
 
 
