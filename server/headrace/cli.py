@@ -12,6 +12,7 @@ from headrace.config import (
     GROUPS,
     EngineConfig,
     ServerOptions,
+    door_api_key,
     load_options,
     nearest_hint,
     openai_api_key,
@@ -273,6 +274,7 @@ def _route(args: argparse.Namespace) -> int:
     from headrace.route import command
 
     flags = {name: getattr(args, name) for name in ("host", "port", "processes", "api_key")}
+    flags["api_key"] = flags["api_key"] or door_api_key()
     given = {name: value for name, value in flags.items() if value is not None}
     read = (lambda: _read_yaml(args.config)) if args.config else None
     return command.route(read, args.config or "", args.replica, given)

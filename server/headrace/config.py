@@ -310,6 +310,12 @@ def openai_api_key(environment: Mapping[str, str] | None = None) -> str | None:
     return environment.get("OPENAI_API_KEY") or None
 
 
+def door_api_key(environment: Mapping[str, str] | None = None) -> str | None:
+    """The door's `api_key` for those who keep secrets out of files and command lines."""
+    environment = os.environ if environment is None else environment
+    return environment.get("HEADRACE_API_KEY") or None
+
+
 def ray_auth_token(environment: Mapping[str, str] | None = None) -> str:
     """What Ray's dashboard asks for, from where Ray's own clients take it; empty if nowhere."""
     environment = os.environ if environment is None else environment

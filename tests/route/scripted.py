@@ -136,6 +136,7 @@ class Replica:
     pause: float | None = None
     port: int = 0
     ready: bool = True
+    digest: str | None = "d"
     requests: list[Request] = field(default_factory=list)
     gone: int = 0
     """Clients that left before the end."""
@@ -181,9 +182,12 @@ class Replica:
 
     async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
         if request.path == "/load":
-            await reply(writer, 200, {"version": 1, "ready": self.ready, "running": 0})
+            load = {"version": 1, "ready": self.ready, "running": 0, "digest": self.digest}
+            await reply(writer, 200, load)
         elif request.path == "/v1/models":
-            await reply(writer, 200, {"data": [{"id": name, "digest": "d"} for name in self.names]})
+            await reply(
+                writer, 200, {"data": [{"id": name, "digest": self.digest} for name in self.names]}
+            )
         else:
             self.requests.append(request)
             try:

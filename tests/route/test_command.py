@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from tests.e2e.conftest import _environment, free_port
-from tests.route.scripted import PATIENCE, TEXT, Got, Replica, ask, get, post
+from tests.route.scripted import PATIENCE, TEXT, Got, Replica, Request, ask, get, post, reply
 
 from headrace.errors import ConfigError
 from headrace.route.command import route
@@ -24,13 +24,16 @@ CHAT = {"model": "llama", "messages": [{"role": "user", "content": "Hello!"}]}
 
 
 @asynccontextmanager
-async def running(log: Path, *arguments: object) -> AsyncIterator[tuple[Any, int]]:
-    """`headrace route`, and its port, once it is ready."""
+async def running(log: Path, *arguments: object, **more: str) -> AsyncIterator[tuple[Any, int]]:
+    """`headrace route`, and its port, once it is ready. more: variables of its environment."""
     port = free_port()
     command = [sys.executable, "-P", "-m", "headrace.cli", "route", *map(str, arguments)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], env=_environment(), stdout=output, stderr=output
+            [*command, "--port", str(port)],
+            env={**_environment(), **more},
+            stdout=output,
+            stderr=output,
         )
     try:
         await until(port, get("/readyz"), 200)
@@ -99,6 +102,40 @@ async def test_several_processes_share_a_port_and_their_metrics(tmp_path: Path) 
             while len(parent.children()) < 2 or doors[0] in parent.children():
                 await asyncio.sleep(0.05)
         assert counted in (await until(port, get("/metrics"), 200)).body.decode()
+    replica.kill()
+
+
+@pytest.mark.slow
+async def test_the_first_signal_may_reach_every_process(tmp_path: Path) -> None:
+    """As a supervisor sends it, which ends a whole control group."""
+    release = asyncio.Event()
+
+    async def slow(replica: Replica, request: Request, writer: asyncio.StreamWriter) -> None:
+        await release.wait()
+        await reply(writer, 200, {"done": True})
+
+    replica = Replica(slow)
+    await replica.start()
+    arguments = (f"--replica=llama={replica.url}", "--processes", 2)
+    log = tmp_path / "log"
+    async with running(log, *arguments, HEADRACE_API_KEY="k") as (process, port):
+        assert (await ask(port, post(CHAT))).status == 401
+        doors = psutil.Process(process.pid).children()
+        async with asyncio.timeout(PATIENCE):
+            while not all(door.net_connections("tcp") for door in doors):
+                await asyncio.sleep(0.05)
+        request = post(CHAT, more="authorization: Bearer k\r\n")
+        asked = asyncio.create_task(ask(port, request))
+        async with asyncio.timeout(PATIENCE):
+            while not replica.requests:
+                await asyncio.sleep(0.05)
+        for door in (*doors, *doors):
+            door.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.5)
+        assert not asked.done()
+        release.set()
+        assert (await asked).json == {"done": True}
+    assert "ending now" not in log.read_text()
     replica.kill()
 
 

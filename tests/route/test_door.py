@@ -76,6 +76,9 @@ async def test_a_replica_may_die_at_any_byte_of_an_event() -> None:
     dying, other = Replica(), Replica()
     async with door_before(dying, other) as (door, port):
         prefer(door, dying)
+        for it in door.fleet.replicas():  # a poll would find out that it is dead
+            assert it.task is not None
+            it.task.cancel()
         for position in range(0, stream_bytes(), 3):
             dying.dies_after = position
             await dying.start()
@@ -192,6 +195,21 @@ async def test_aliases_are_told_to_the_replica_by_its_own_name() -> None:
         ]
         assert (await ask(port, get("/v1/models/gpt"))).json["replicas"][0]["state"] == "ready"
     replica.kill()
+
+
+async def test_the_card_is_that_of_what_a_replica_serves_now() -> None:
+    replica = Replica(digest=None)
+    async with door_before(replica) as (_, port):
+        for digest in (None, "first", "second"):
+            replica.digest = digest
+            async with asyncio.timeout(PATIENCE):
+                while (await card(port))["digest"] != digest:
+                    await asyncio.sleep(0.05)
+
+
+async def card(port: int) -> dict[str, object]:
+    found: dict[str, object] = (await ask(port, get("/v1/models"))).json["data"][0]
+    return found
 
 
 async def test_a_client_that_leaves_ends_the_work() -> None:

@@ -94,8 +94,6 @@ class Replica:
             url=url,
             node=ray.get_runtime_context().get_node_id(),
             model=service.model.name,
-            revision=service.model.revision,
-            digest=service.model.digest,
             version=__version__,
         )
 

@@ -36,8 +36,6 @@ class Registration:
     """Of its own HTTP port, such as http://10.0.0.3:31000: the API and /metrics."""
     node: str
     model: str
-    revision: str
-    digest: str
     version: str
     """Of Headrace."""
 

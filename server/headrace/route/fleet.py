@@ -64,6 +64,9 @@ class Replica:
         """For people: unknown, ready, not ready, draining, down."""
         self.last_answer = time.monotonic()
         self.polls = 0
+        self.cards_are_due = True
+        self._described: tuple[object, ...] = ()
+        """What its load says of itself that its cards say, too."""
         self.has_load = True
         """Whether GET /load is known there and open to this door."""
         self.task: asyncio.Task[None] | None = None
@@ -92,7 +95,7 @@ class Replica:
         try:
             async with asyncio.timeout(POLL_TIMEOUT):
                 await self._ask_load(api_key)
-                if not self.cards or self.polls % CARDS_EVERY == 0:
+                if self.cards_are_due or self.polls % CARDS_EVERY == 0:
                     await self._ask_cards(api_key)
                 self.polls += 1
         except (OSError, TimeoutError, ValueError) as error:
@@ -149,12 +152,16 @@ class Replica:
     def _heard(self, report: dict[str, Any]) -> None:
         self.view.fade(time.monotonic() - self.last_answer)
         self.view.load = load = ReplicaLoad.of_report(report, self.view)
+        described = (load.ready, *(report.get(name) for name in ("model", "revision", "digest")))
+        if described != self._described:
+            self._described, self.cards_are_due = described, True
         usual = "ready" if load.ready else "not ready"
         self.state = "draining" if load.draining else usual
 
     async def _ask_cards(self, api_key: str | None) -> None:
         status, body = await self.fetch("/v1/models", api_key)
         if status == 200:
+            self.cards_are_due = False
             self.cards = [card for card in json.loads(body).get("data", ()) if "id" in card]
 
 

@@ -190,9 +190,9 @@ def main() -> NoReturn:
     lifeline = _Lifeline()
     startup = lifeline.startup
     configure_logging(startup.config.log_level, startup.config.log_format)
-    options: dict[str, Any] = {"shared": True, "metrics_folder": startup.metrics_folder}
+    options: dict[str, Any] = {"alone": False, "metrics_folder": startup.metrics_folder}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        serving = run(startup.config, reread=lifeline.config, takes_sigint=False, **options)
+        serving = run(startup.config, reread=lifeline.config, **options)
         _ignore_group_signals()
         status = runner.run(serving)
     logging.shutdown()

@@ -22,20 +22,27 @@ SETTLE_SECONDS = 3.0
 
 
 class DoorLife:
-    """Signals: the first SIGTERM or SIGINT drains, the second ends; SIGHUP reads the file again."""
+    """Signals: the first SIGTERM or SIGINT drains, the second ends; SIGHUP reads the file again.
 
-    def __init__(self, reread: Callable[[], RouteConfig | None], *, takes_sigint: bool) -> None:
+    One of several processes does not count signals: a supervisor's may come to it, and its parent
+    passes it on; the parent ends it.
+    """
+
+    def __init__(self, reread: Callable[[], RouteConfig | None], *, alone: bool) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, *((signal.SIGINT,) if takes_sigint else ())):
+        for number in (signal.SIGTERM, *((signal.SIGINT,) if alone else ())):
             loop.add_signal_handler(number, self._on_end, number)
         loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         self.status: asyncio.Future[int] = loop.create_future()
         self.door: Door | None = None
         self._reread = reread
+        self._alone = alone
         self._draining: asyncio.Task[None] | None = None
 
     def _on_end(self, number: int) -> None:
         name = signal.Signals(number).name
+        if self._draining is not None and not self._alone:
+            return
         if self.door is None or self._draining is not None:
             logger.warning("%s: ending now", name)
             self._end(EXIT_INTERRUPTED)
@@ -81,18 +88,17 @@ async def run(
     *,
     on_ready: Callable[[Door, str], None] = lambda door, url: None,
     reread: Callable[[], RouteConfig | None] = lambda: None,
-    shared: bool = False,
     metrics_folder: str = "",
-    takes_sigint: bool = True,
+    alone: bool = True,
 ) -> int:
     """Serve until a signal; the process's exit status.
 
-    `on_ready` gets the door and its URL once it listens and has asked its replicas. `shared`: the
-    port is that of other processes, too, who write their metrics to `metrics_folder`. Raises
-    ConfigError if the address cannot be had.
+    `on_ready` gets the door and its URL once it listens and has asked its replicas. `alone`: else
+    the port is that of other processes, too, who write their metrics to `metrics_folder`, and a
+    parent ends them. Raises ConfigError if the address cannot be had.
     """
-    listener = listen(config.host, config.port, shared=shared)
-    life = DoorLife(reread, takes_sigint=takes_sigint)
+    listener = listen(config.host, config.port, shared=not alone)
+    life = DoorLife(reread, alone=alone)
     sources = _sources(config)
     life.door = door = Door(
         config,
