@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -122,8 +123,9 @@ def scripted_application(script: str) -> Any:
 
 
 @contextlib.contextmanager
-def ray_with_scripted_replica() -> Iterator[tuple[str, str, int, list[int]]]:
-    """HAProxy's URL, the replica's own, the replica's process, HAProxy's."""
+def ray_with_scripted_replica() -> Iterator[tuple[str, str, int, list[int], float]]:
+    """HAProxy's URL, the replica's own, the replica's process, HAProxy's; the seconds that the
+    application took until it was ready, of a cluster where Serve ran before."""
     from headrace.deploy import local_cluster, registry
     from headrace.deploy.switches import set_local_switches
     from headrace.listening import listen
@@ -142,17 +144,19 @@ def ray_with_scripted_replica() -> Iterator[tuple[str, str, int, list[int]]]:
         quiet = {"log_level": "CRITICAL", "enable_access_log": False}
         http = {"host": "127.0.0.1", "port": port}
         serve.start(proxy_location="HeadOnly", http_options=http, logging_config=quiet)
+        began = time.perf_counter()
         serve.run(scripted_application(script), name="bench", logging_config=quiet)
         actor = registry.open_registry()
         while not (known := ray.get(actor.snapshot.remote())["replicas"]):
             time.sleep(0.1)
         shared = f"http://127.0.0.1:{port}"
         _await_ready(shared)
+        ready = time.perf_counter() - began
         children = psutil.Process().children(recursive=True)
         named = [(child.pid, " ".join(child.cmdline()[:2])) for child in children]
         (replica,) = [pid for pid, name in named if "ServeReplica" in name]
         proxies = [pid for pid, name in named if "haproxy" in name.split(" ")[0]]
-        yield shared, known[0]["url"], replica, proxies
+        yield shared, known[0]["url"], replica, proxies, ready
     finally:
         ray.shutdown()
 
@@ -162,8 +166,11 @@ def measure_paths(rounds: int, scratch: Path) -> dict[str, dict[str, list[float]
     fake = ["bench.fake_engine", "--step-ms", str(STEP_MS)]
     found: dict[str, dict[str, list[float]]] = {name: {} for name in PATHS}
     with contextlib.ExitStack() as stack:
-        alone, alone_url, _ = stack.enter_context(serving("standalone", fake, scratch, ""))
-        shared, own, replica, proxies = stack.enter_context(ray_with_scripted_replica())
+        alone, alone_url, alone_s = stack.enter_context(serving("standalone", fake, scratch, ""))
+        ray = stack.enter_context(ray_with_scripted_replica())
+        shared, own, replica, proxies, replica_s = ray
+        found["standalone"]["ready_s"] = [alone_s]
+        found["HAProxy"]["ready_s"] = [replica_s]
         route = ["headrace.cli", "route", "--replica", f"{MODEL}={own}", "--port", "0"]
         door, door_url, _ = stack.enter_context(serving("door", route, scratch, r"URL\s+"))
         paths = {
@@ -231,7 +238,8 @@ def table(found: dict[str, dict[str, list[float]]]) -> str:
     figures = list(next(iter(found.values())))
     rows = [["", *figures]]
     for name, values in found.items():
-        rows.append([name, *(f"{statistics.median(values[figure]):.1f}" for figure in figures)])
+        medians = [statistics.median(values.get(figure, [math.nan])) for figure in figures]
+        rows.append([name, *(f"{median:.1f}" for median in medians)])
     return markdown(rows)
 
 

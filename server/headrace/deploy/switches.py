@@ -36,6 +36,12 @@ SERVING = (
         "HAProxy in front of the replicas: a quarter of the CPU per token of Serve's Python proxy",
         "Serve's Python proxy takes 0.6 ms of CPU a token, HAProxy 0.03; the replica 0.5, not 0.2.",
     ),
+    Switch(
+        "RAY_worker_niceness",
+        "0",
+        "replicas and HAProxy run at everybody's priority; Ray would give them the least",
+        "whatever else runs on the node takes the cores from the engine.",
+    ),
 )
 """What every cluster should have."""
 
@@ -46,6 +52,7 @@ def set_local_switches() -> None:
         *(s for s in SERVING if s.name != "RAY_SERVE_ENABLE_HA_PROXY" or _has_haproxy()),
         Switch("RAY_USAGE_STATS_ENABLED", "0", "a server tells nobody how it is used"),
         Switch("RAY_SERVE_HAPROXY_NBTHREAD", "1", "the cores belong to the engine"),
+        Switch("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5", "at 0.1 it takes 2% of a core, idle"),
         Switch(
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
             "0",
