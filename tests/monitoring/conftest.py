@@ -52,10 +52,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @contextmanager
-def running_door(log: Path, replica: str) -> Iterator[str]:
-    """The URL of a door, ready when it comes. replica: NAME=URL."""
+def running_door(log: Path, *arguments: str | Path) -> Iterator[str]:
+    """The URL of a door, ready when it comes."""
     address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-P", "-m", "headrace.cli", "route", "--replica", replica]
+    command = [sys.executable, "-P", "-m", "headrace.cli", "route", *arguments]
     roots = os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")])
     with log.open("wb") as output:
         process = subprocess.Popen(

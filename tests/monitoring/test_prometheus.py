@@ -37,7 +37,9 @@ def doors(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with ExitStack() as stack:
         folder = tmp_path_factory.mktemp("doors")
         yield [
-            stack.enter_context(running_door(folder / f"log-{number}", f"{MODEL}={server.url}"))
+            stack.enter_context(
+                running_door(folder / f"log-{number}", "--replica", f"{MODEL}={server.url}")
+            )
             for number in range(2)
         ]
 

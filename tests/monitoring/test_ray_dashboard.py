@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -10,17 +11,21 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.conftest import PATIENCE, free_port
-from tests.monitoring.conftest import running_prometheus
+from tests.monitoring.conftest import running_door, running_prometheus
 
+from headrace.deploy.past_ray import NAME as PAST_RAY
+from headrace.deploy.past_ray import CountingPastRay, PastRay
 from headrace.engine.client import EngineStats, FinishReason, RequestRecord
+from headrace.monitoring.panels import ROWS
 from headrace.observability.metrics import Metrics
-from headrace.route.targets import http_sd
 
 with warnings.catch_warnings(action="ignore"):  # of Ray's own code, when it is first imported
     from ray.dashboard.modules.metrics.dashboards.serve_llm_dashboard_panels import (
@@ -116,99 +121,105 @@ def test_rays_names_carry_the_same_numbers() -> None:
     assert 'ray_vllm_num_requests_running{WorkerId="w",model_name="m"} 3.0' in lines
 
 
+async def test_requests_at_the_replicas_own_port_are_counted_under_rays_name() -> None:
+    asked = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["path"])
+
+    metrics = Metrics("m")
+    counted = PastRay(application="a", deployment="d", replica="r", worker="w")
+    metrics.registry.register(counted)
+    line = f'{PAST_RAY}_total{{WorkerId="w",application="a",deployment="d",replica="r"}} '
+    assert f"{line}0.0" in metrics.render().decode()  # for the join, before any request
+    counting = CountingPastRay(app, counted)
+    counted.port = 31000
+    for path, port in (("/v1/models", 31000), ("/v1/models", 8000), ("/load", 31000)):
+        scope = {"type": "http", "path": path, "server": ("10.0.0.1", port)}
+        await counting(scope, None, None)  # type: ignore[arg-type]
+    assert f"{line}1.0" in metrics.render().decode() and len(asked) == 3
+
+
 # --- a real Ray ---------------------------------------------------------------------------------
 
 REPLICA = """
-import os, sys, time, ray
+import sys, ray
 from ray import serve
 from headrace.deploy.ray_serve import BuildArgs, build_app
 
-metrics_port, dashboard_port, folder = sys.argv[1:]
+metrics_port, folder = sys.argv[1:]
 ray.init(num_cpus=2, object_store_memory=100 << 20, _metrics_export_port=int(metrics_port),
-         include_dashboard=True, dashboard_port=int(dashboard_port), _temp_dir=folder,
-         log_to_driver=False)
-serve.start(proxy_location="HeadOnly", http_options={"host": "0.0.0.0", "port": 0})
+         include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+serve.start(proxy_location="HeadOnly", http_options={"port": 0})
 options = {"threads": 2, "kv_cache_memory_bytes": 256 << 20, "max_model_len": 1024}
 serve.run(build_app(BuildArgs(options=options)), name="small")
-print("ready", flush=True)
+print("ready", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 serve.shutdown()
 ray.shutdown()
 """
 SWITCHES = {
-    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
 }
+HEALTHY = "ray_serve_deployment_replica_healthy"
+MODEL = "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    metrics: str
+    """Address at which Ray's node has its metrics."""
+    door: str
+    """URL of a door that has its replicas from Ray's registry."""
 
 
 @pytest.fixture(scope="module")
-def ray_ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, int]]:
-    """Ports of the metrics of Ray's node and of its dashboard; one replica serves on it."""
-    ports = (free_port(), free_port())
-    log = tmp_path_factory.mktemp("ray-monitoring") / "log"
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Ray of this machine with one replica, and a door to it."""
+    folder = tmp_path_factory.mktemp("r")  # Ray puts sockets below it, whose paths must be short
+    metrics, log = f"127.0.0.1:{free_port()}", folder / "log"
     roots = os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")])
-    minimum = free_port()
-    folder = tmp_path_factory.mktemp("r")
-    environment = {
-        **os.environ,
-        **SWITCHES,
-        "PYTHONPATH": roots,
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(minimum),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(minimum + 20),
-    }
-    with log.open("wb") as output:
+    command = [sys.executable, "-P", "-c", REPLICA, metrics.partition(":")[2], str(folder / "ray")]
+    with log.open("wb") as output, pytest.MonkeyPatch.context() as patch:
+        for name, value in SWITCHES.items():
+            patch.setenv(name, value)
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", REPLICA, *map(str, ports), str(folder)],
-            env=environment,
+            command,
+            env={**os.environ, "PYTHONPATH": roots},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
         )
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while "ready" not in log.read_text().split():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield ports
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def replica_urls(dashboard_port: int) -> list[str]:
-    """Of the application's replicas, by Serve's REST."""
-    url = f"http://127.0.0.1:{dashboard_port}/api/serve/applications/"
-    groups = httpx.get(url, timeout=PATIENCE).json()["target_groups"]
-    return [
-        f"http://{target['ip']}:{target['port']}"
-        for group in groups
-        if group["protocol"] == "HTTP" and group["app_name"] == "small"
-        for target in group["targets"]
-    ]
+            deadline = time.monotonic() + PATIENCE
+            while (ready := re.search(r"^ready (\S+)$", log.read_text(), re.M)) is None:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+            content = {"models": {MODEL: {"application": "small"}}, "ray": {"address": ready[1]}}
+            (folder / "door.yaml").write_text(json.dumps(content))
+            with running_door(folder / "door-log", folder / "door.yaml") as door:
+                yield Cluster(metrics, door)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @pytest.mark.slow
-def test_rays_dashboard_has_data(
-    prometheus: str, ray_ports: tuple[int, int], tmp_path: Path
-) -> None:
-    """In a Prometheus that scrapes Ray's node and the replica, every query that can be served is,
-    joined by worker."""
-    (url,) = replica_urls(ray_ports[1])
-    (tmp_path / "replicas.json").write_bytes(http_sd({"small": [url]}))
-    node = {"targets": [f"127.0.0.1:{ray_ports[0]}"]}
+def test_rays_dashboard_has_data(prometheus: str, cluster: Cluster, tmp_path: Path) -> None:
+    """In a Prometheus that scrapes Ray's node and the replicas that the door names, every query
+    that can be served is, joined by worker."""
     config = {
         "global": {"scrape_interval": "1s"},
         "scrape_configs": [
-            {"job_name": "ray", "static_configs": [node]},
-            {"job_name": "headrace", "file_sd_configs": [{"files": ["replicas.json"]}]},
+            {"job_name": "ray", "static_configs": [{"targets": [cluster.metrics]}]},
+            {"job_name": "headrace", "http_sd_configs": [{"url": f"{cluster.door}/targets"}]},
         ],
     }
     wanted = {
@@ -221,7 +232,7 @@ def test_rays_dashboard_has_data(
         empty = wanted
         deadline = time.monotonic() + 45
         while empty and time.monotonic() < deadline:
-            _send_requests(url)
+            _send_requests(cluster.door)
             empty = {
                 title: expr
                 for title, expr in wanted.items()
@@ -231,10 +242,19 @@ def test_rays_dashboard_has_data(
         # Ray exports none of these itself: nothing is counted twice.
         jobs = found.ask("query", query='count by (job) ({__name__=~"ray_vllm_.*"})')["result"]
         assert [series["metric"]["job"] for series in jobs] == ["headrace"]
+        assert found.query('count(up{job="headrace", application="small"} == 1)') == [1]
+        # The labels of what came past Ray are those that Ray uses.
+        for label in ("application", "deployment", "replica"):
+            asked = found.ask("query", query=f"count by ({label}) ({PAST_RAY}_total)")["result"]
+            known = found.ask("query", query=f"count by ({label}) ({HEALTHY})")["result"]
+            assert [s["metric"] for s in asked] == [s["metric"] for s in known]
+        # And ours shows how many replicas Ray runs.
+        (healthy,) = (p for row in ROWS for p in row.panels if p.title.startswith("Replicas: wan"))
+        assert any(found.query(query.expr) for query in healthy.queries)
 
 
 def _send_requests(url: str) -> None:
     for number in range(4):
-        body = {"prompt": "A mill by a river " * 8 + str(number), "max_tokens": 12}
+        body = {"model": MODEL, "prompt": "A mill by a river " * 8 + str(number), "max_tokens": 12}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
         assert answer.status_code == 200, answer.text

@@ -22,6 +22,7 @@ from headrace.api.load import load_of
 from headrace.config import EngineConfig, ServerOptions
 from headrace.deploy import autoscaling
 from headrace.deploy.build_args import BuildArgs, check_options, resources_of
+from headrace.deploy.past_ray import CountingPastRay, PastRay
 from headrace.deploy.registry import Membership, Registration
 from headrace.errors import ConfigError, EngineError, HeadraceError
 from headrace.listening import listen, url_of
@@ -65,12 +66,21 @@ class Replica:
             Service, self._config, self._options, on_dead=self._on_dead
         )
         # Ray's dashboard for LLMs knows vLLM's names with this prefix, and joins them by worker.
-        worker = ray.get_runtime_context().get_worker_id()
+        worker, context = ray.get_runtime_context().get_worker_id(), serve.get_replica_context()
         service.metrics.alias_as("ray_vllm_", WorkerId=worker)
+        past_ray = PastRay(
+            application=context.app_name,
+            deployment=context.deployment,
+            replica=context.replica_tag,
+            worker=worker,
+        )
+        service.metrics.registry.register(past_ray)
+        service.app.add_middleware(CountingPastRay, counted=past_ray)
         try:
             info = await service.start()
             host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
             listener = listen_in(host, self._ports)
+            past_ray.port = listener.getsockname()[1]
             await self._own_port.enter_async_context(answering(service, listener))
         except BaseException:
             await service.close()
