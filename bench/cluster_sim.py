@@ -23,6 +23,7 @@ from typing import Any
 from bench.cluster.replica import EngineShape, StepTimes
 from bench.cluster.simulation import POLICIES, Cluster, Outcome, Scaler, Simulation
 from bench.cluster.traffic import Workload, conversations, trace
+from bench.peers.record import can_plot
 
 STEP_TIMES = Path(__file__).parent / "results" / "step_times.json"
 Figures = dict[str, float]
@@ -175,7 +176,7 @@ def plot(results: dict[str, dict[str, Figures]], path: Path) -> None:
             panel.margins(x=0.2)
             panel.tick_params(labelsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=72)
     pyplot.close(figure)
 
 
@@ -203,7 +204,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    parser = arguments()
+    args = parser.parse_args()
+    if args.plot and not can_plot():
+        parser.error("--plot needs matplotlib: pip install -c constraints.txt 'headrace[peers]'")
     base = Cluster(
         shape=load_shape(args.step_times, args.num_blocks),
         replicas=args.replicas,
