@@ -124,6 +124,14 @@ class Nodes:
         return found[0]
 
 
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
+
+
 def command_of(process: psutil.Process) -> list[str]:
     try:
         command: list[str] = process.cmdline()
@@ -149,6 +157,7 @@ def cluster_of_nodes(folder: Path) -> Iterator[Nodes]:
             "object_store_memory": OBJECT_STORE,
             "temp_dir": f"{short}/ray",
         }
+        others = set(psutil.Process().children())  # servers that tests share
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             url = f"http://127.0.0.1:{free_port()}"
@@ -157,7 +166,8 @@ def cluster_of_nodes(folder: Path) -> Iterator[Nodes]:
             nodes.add_node()
             yield nodes
         finally:
-            started = psutil.Process().children(recursive=True)
+            roots = set(psutil.Process().children()) - others
+            started = [*roots, *(child for root in roots for child in descendants(root))]
             cluster.shutdown()
             _, alive = psutil.wait_procs(started, timeout=10)
             for process in alive:  # HAProxy outlives a head that was killed

@@ -19,7 +19,7 @@ from tests.deploy.cluster_of_nodes import Load, Nodes, cluster_of_nodes, door_to
 
 from headrace.route.ray_source import RegistrySource
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 WaitUntil = Callable[[Callable[[], object], str], None]
 

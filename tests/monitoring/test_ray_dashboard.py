@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -176,9 +177,14 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A Ray of this machine with one replica, and a door to it."""
-    folder = tmp_path_factory.mktemp("r")  # Ray puts sockets below it, whose paths must be short
+    # Names of sockets may have 107 bytes, and Ray adds most of them.
+    with TemporaryDirectory(prefix="hr") as short:
+        yield from running_cluster(Path(short))
+
+
+def running_cluster(folder: Path) -> Iterator[Cluster]:
     metrics, log = f"127.0.0.1:{free_port()}", folder / "log"
     roots = os.pathsep.join([str(ROOT / "server"), str(ROOT / "kernels")])
     command = [sys.executable, "-P", "-c", REPLICA, metrics.partition(":")[2], str(folder / "ray")]
