@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from headrace.route import fleet
@@ -19,7 +21,8 @@ async def test_what_was_sent_fades_with_the_reports(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(replica, "fetch", fetch)
     replica.view.recent = 8.0
     now = replica.last_answer
-    monkeypatch.setattr(fleet.time, "monotonic", lambda: now)
+    # The name in that module, not the clock itself: event loops in other threads sleep by it.
+    monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: now))
     for polls in (1, 2):
         now += RECENT_HALF_LIFE_S
         await replica.poll(None)
