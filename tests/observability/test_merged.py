@@ -79,9 +79,9 @@ def test_processes_are_summed_and_the_engine_is_counted_once(tmp_path: Path) -> 
     assert before.keys() <= after.keys()
     for prefix in ("headrace_", "vllm:"):
         assert after[prefix + "generation_tokens_total"] == 2 * 3 * 6
-        assert after[prefix + "inter_token_latency_seconds_count"] == 2 * 3 * 2
-        assert after[prefix + "inter_token_latency_seconds_bucket{0.5}"] == 2 * 3 * 2
-        assert after[prefix + "inter_token_latency_seconds_bucket{0.3}"] == 0
+        assert after[prefix + "inter_token_latency_seconds_count"] == 2 * 3 * 5
+        assert after[prefix + "inter_token_latency_seconds_bucket{0.5}"] == 2 * 3 * 5
+        assert after[prefix + "inter_token_latency_seconds_bucket{0.3}"] == 2 * 3 * 3
         assert after[prefix + "time_to_first_token_seconds_sum"] == 2 * 3 * 0.5
     assert after["headrace_requests_accepted_total"] == 6
     assert after["headrace_requests_finished_total{length}"] == 2

@@ -115,6 +115,17 @@ def test_a_meter_counts_live_and_its_record_adds_only_the_rest() -> None:
     assert closed["headrace_inter_token_latency_seconds_sum"] == 1.5
 
 
+def test_tokens_that_come_with_the_first_one_have_no_gap() -> None:
+    metrics = Metrics(MODEL)
+    meter = metrics.track("r", arrival_time=100.0)
+    meter.tokens(3, now=102.5)
+    meter.tokens(1, now=103.0)
+    found = samples(metrics)
+    assert found["headrace_time_to_first_token_seconds_sum"] == 2.5
+    assert found["headrace_inter_token_latency_seconds_count"] == 3
+    assert found["headrace_inter_token_latency_seconds_sum"] == 0.5
+
+
 def test_output_read_only_after_the_record_observes_one_first_token() -> None:
     metrics = Metrics(MODEL)
     meter = metrics.track("r", arrival_time=100.0)

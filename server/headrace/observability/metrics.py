@@ -286,8 +286,9 @@ class RequestMeter:
     def tokens(self, count: int, now: float | None = None) -> None:
         """`count` tokens were delivered together at `now` (time.monotonic() seconds).
 
-        The first output observes the time to first token. Tokens of a later output share the gap
-        since the previous one equally, so that the histogram's sum stays the time that passed.
+        The first output observes the time to first token; more tokens in it came without a gap.
+        Tokens of a later output share the gap since the previous one equally, so that the
+        histogram's sum stays the time that passed, and its count the tokens after the first.
         """
         if count <= 0:
             return
@@ -295,8 +296,11 @@ class RequestMeter:
         metrics, gap = self._metrics, now - self._last
         if self._delivered:
             metrics.inter_token_latencies.add(gap / count, count)
-        elif not self._ttft_known:
-            metrics.time_to_first_token.observe(gap)
+        else:
+            if not self._ttft_known:
+                metrics.time_to_first_token.observe(gap)
+            if count > 1:
+                metrics.inter_token_latencies.add(0.0, count - 1)
         self._delivered += count
         self._last = now
         # The last outputs are read after the engine's record came, which counted their tokens.
