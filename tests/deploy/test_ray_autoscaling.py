@@ -121,6 +121,9 @@ def site(tmp_path: Path, import_path: dict[str, str]) -> Iterator[Site]:
                 yield Site(f"http://127.0.0.1:{port}")
                 process.terminate()
     finally:
+        # Where the policy tells why it decided: for whoever finds the test failed.
+        for log in folder.glob("session_*/logs/serve/controller_*.log"):
+            shutil.copy(log, tmp_path)
         shutil.rmtree(folder, ignore_errors=True)
 
 
