@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from headrace.api import batch_input
+from headrace.api import batch_input, batch_job, inner_request
 from headrace.api.model_table import UnservedVersion
 
 if TYPE_CHECKING:
@@ -138,3 +138,24 @@ async def test_a_batch_waits_while_no_version_serves(kept: Keeping) -> None:
     done = await kept.ended(batch.id)
     assert done.status == "completed" and done.request_counts is not None
     assert done.request_counts.to_dict() == {"total": 8, "completed": 8, "failed": 0}
+
+
+async def test_a_line_whose_model_goes_just_before_its_endpoint_is_asked_again(
+    kept: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, post = kept.site.services.models, batch_job.post
+    statuses = []
+
+    async def while_it_goes(*arguments: Any, **named: Any) -> inner_request.Answer:
+        if not statuses:
+            models.replace([], [])
+        answer = await post(*arguments, **named)
+        statuses.append(answer.status)
+        asyncio.get_running_loop().call_later(0.05, models.replace, [kept.site.model], [])
+        return answer
+
+    monkeypatch.setattr(batch_job, "post", while_it_goes)
+    done = await kept.run(line("a"), line("b"))
+    assert statuses[0] == 404
+    assert done.request_counts is not None
+    assert done.request_counts.to_dict() == {"total": 2, "completed": 2, "failed": 0}

@@ -22,6 +22,7 @@ from headrace.api.generation import new_id
 from headrace.api.inner_request import Answer, post
 from headrace.api.services import Services
 from headrace.api.store import Part, Record, Store
+from headrace.engine.client import EngineClient
 from headrace.errors import ModelNotFoundError, UnavailableError
 
 MAX_NAMED_ERRORS = 50
@@ -142,9 +143,8 @@ class BatchJob:
     def _room(self, num_running: int) -> int:
         """How many more lines may start: half of the engine's rows, at most, are for batches, one
         is always free, and while anything waits nothing is added to it."""
-        try:
-            client = self._services.models.find(self._batch.value["model"]).client
-        except (ModelNotFoundError, UnavailableError):  # unloaded since: wait for it
+        client = self._client()
+        if client is None:
             return 0
         info, stats = client.info, client.stats
         if info is None or stats.waiting:
@@ -153,6 +153,13 @@ class BatchJob:
         others = max(0, stats.running - num_running)
         kept_free = 1 if info.max_num_seqs > 1 else 0
         return min(most, info.max_num_seqs - others - kept_free) - num_running
+
+    def _client(self) -> EngineClient | None:
+        """Of the batch's model; None when that was unloaded since, and is waited for."""
+        try:
+            return self._services.models.find(self._batch.value["model"]).client
+        except (ModelNotFoundError, UnavailableError):
+            return None
 
     async def _answer_line(self, line: Line) -> None:
         value = self._batch.value
@@ -177,10 +184,14 @@ class BatchJob:
         pause = FIRST_PAUSE
         while True:
             answer = await post(self._app, path, body, request_id=request_id)
-            if answer.status not in PASSING:
+            if answer.status not in PASSING and not self._went(answer):
                 return answer
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _went(self, answer: Answer) -> bool:
+        """Whether the model may have been unloaded between a line's start and its endpoint."""
+        return answer.status == 404 and self._client() is None
 
     async def _expire_lines(self) -> None:
         """What was not answered is named in the error file."""
